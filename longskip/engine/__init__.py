@@ -1,0 +1,1 @@
+"""Engine: configuration, data, objectives, the training loop, checkpoints, sampling and evaluation."""

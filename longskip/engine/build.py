@@ -1,0 +1,163 @@
+"""From a configuration to things: vocabulary, model, DeepSpeed configuration and engine, weights for drawing."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longskip.engine.checkpoint import Archive
+from longskip.engine.config import BatchPlan, Config
+from longskip.engine.data.sources import Source
+from longskip.engine.data.tokens import FIRST_WORD, Vocabulary
+from longskip.engine.distributed import World, import_deepspeed
+from longskip.engine.optim import AdamW, parameter_groups
+from longskip.engine.runs import write_atomic
+from longskip.engine.shards import Kind, Shards
+from longskip.errors import BadSampleError, ConfigError
+from longskip.models.init import initial_value
+from longskip.models.system import TextToImage
+from longskip.models.text import WordEncoder
+from longskip.models.uvit import UViT
+
+VOCABULARY_SCAN = 100_000
+
+
+def build_vocabulary(config: Config, source: Source) -> Vocabulary:
+    """The words of the captions (of at most ``VOCABULARY_SCAN`` samples spread evenly), the most frequent kept."""
+    stride = max(1, math.ceil(len(source) / VOCABULARY_SCAN))
+    texts = (text for i in range(0, len(source), stride) for text in captions_at(source, i))
+    return Vocabulary.build(texts, max(config.encoders.text.vocabulary, FIRST_WORD))
+
+
+def captions_at(source: Source, i: int) -> list[str]:
+    """The captions of a sample; none for a bad one (the reader counts and lists those)."""
+    try:
+        return [text for text, _ in source.read(i).captions]
+    except BadSampleError:
+        return []
+
+
+def save_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
+    write_atomic(path, json.dumps(vocabulary.to_json(), ensure_ascii=False))
+
+
+def load_vocabulary(path: Path) -> Vocabulary:
+    return Vocabulary.from_json(json.loads(path.read_text("utf-8")))
+
+
+def build_model(config: Config, vocabulary_size: int, *, layout: str | None = None) -> TextToImage:
+    """The model of a configuration on the meta device; no value is set yet."""
+    layout = layout or config.engine.layout
+    text = config.text_encoder(vocabulary_size)
+    backbone = UViT(config.backbone(), layout=layout, device="meta")
+    backbone.checkpointing = config.engine.checkpointing
+    return TextToImage(backbone, WordEncoder(text, layout=layout, device="meta") if text else None)
+
+
+def load_model(run: Path, config: Config, checkpoint: Path, kind: Kind) -> tuple[TextToImage, Vocabulary]:
+    """A model on the CPU with the raw (``weight``) or averaged (``ema``) weights of a checkpoint; no DeepSpeed."""
+    vocabulary = load_vocabulary(run / "vocabulary.json")
+    model = build_model(config, len(vocabulary), layout="named").to_empty(device="cpu")
+    with Archive(checkpoint) as archive:
+        archive.check_model({name: tuple(shape) for name, _, _, shape in model.canonical()})
+        model.load_state_dict(archive.full(kind))
+    return model.eval(), vocabulary
+
+
+def deepspeed_config(config: Config, batch: BatchPlan, *, n_parameters: int, cuda: bool) -> dict[str, Any]:
+    """The resolved DeepSpeed JSON: what longskip sets over the user's own file; contradictions are refused."""
+    # DeepSpeed's default buckets (5e8 elements) are allocated whole; nothing needs more than the model has.
+    bucket = int(min(5e8, max(n_parameters, 1)))
+    zero: dict[str, Any] = {
+        "stage": config.deepspeed.zero_stage,
+        "contiguous_gradients": True,
+        "overlap_comm": cuda,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    if config.deepspeed.zero_stage == 3:
+        zero |= {"stage3_prefetch_bucket_size": bucket // 4 + 1, "stage3_max_live_parameters": int(1e9)}
+    ours: dict[str, Any] = {
+        "train_batch_size": batch.total,
+        "train_micro_batch_size_per_gpu": batch.micro,
+        "gradient_accumulation_steps": batch.accumulation,
+        "gradient_clipping": config.optim.clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": config.train.dtype == "bf16"},
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+    if config.deepspeed.config is None:
+        return ours
+    return _merge_user(_read_user(Path(config.deepspeed.config)), ours, config.deepspeed.config)
+
+
+# A user's file may tune these; for all else that longskip sets, its own YAML is the one place.
+_TUNABLE = {"overlap_comm", "reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"}
+_TUNABLE |= {"stage3_max_live_parameters", "contiguous_gradients", "steps_per_print", "wall_clock_breakdown"}
+
+
+def _read_user(path: Path) -> dict[str, Any]:
+    try:
+        user = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"deepspeed.config: cannot read {path} ({error})") from None
+    if not isinstance(user, dict):
+        raise ConfigError(f"deepspeed.config: {path} holds no JSON object")
+    for ours in ("optimizer", "scheduler"):
+        if ours in user:
+            raise ConfigError(f"deepspeed.config: {path} sets {ours!r}", cure="set the optim group of the YAML instead")
+    return user
+
+
+def _merge_user(user: dict[str, Any], ours: dict[str, Any], name: str, path: str = "") -> dict[str, Any]:
+    merged = dict(ours)
+    for key, value in user.items():
+        where = f"{path}{key}"
+        if key not in ours or key in _TUNABLE:
+            merged[key] = value
+        elif isinstance(value, dict) and isinstance(ours[key], dict):
+            merged[key] = _merge_user(value, ours[key], name, f"{where}.")
+        elif value not in (ours[key], "auto"):
+            raise ConfigError(
+                f"deepspeed.config: {name} says {where} = {value!r}, the run's configuration {ours[key]!r}",
+                cure="make them agree, or leave it out of the JSON",
+            )
+    return merged
+
+
+def build_engine(
+    config: Config, model: TextToImage, world: World, ds_config: dict[str, Any]
+) -> tuple[Any, AdamW, Shards]:
+    """DeepSpeed's engine over ``model`` (on meta) with initial values by (seed, canonical name), our optimizer, shards.
+
+    At stage 3 a unit is given its values, partitioned, and its full copy dropped before the next one is made, so that no
+    rank ever holds the whole model.
+    """
+    deepspeed = import_deepspeed()
+    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+    stage = config.deepspeed.zero_stage
+    for unit in model.units():
+        unit.materialize(config.train.seed, world.device, dtype)
+        if stage == 3:
+            deepspeed.zero.Init(module=unit, config_dict_or_path=ds_config, dtype=dtype)
+    optimizer = AdamW(parameter_groups(model, config.optim.weight_decay), config.optim)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    shards = Shards(engine, optimizer, stage)
+    if dtype != torch.float32:
+        set_initial(shards, config.train.seed)  # DeepSpeed made the fp32 masters from rounded values
+    return engine, optimizer, shards
+
+
+def set_initial(shards: Shards, seed: int) -> None:
+    """Write the exact fp32 initial values into the rank's masters and publish them, rounded, to the model."""
+    kinds = {name: spec.init for unit in shards.model.units() for name, spec in unit.specs().items()}
+    for item in shards.slices:
+        value = initial_value(seed, item.name, item.shape, kinds[item.name]).view(-1)
+        shards.tensor(item, "weight").copy_(value[item.offset : item.offset + item.numel])
+    shards.publish()

@@ -1,0 +1,359 @@
+"""Checkpoints: each rank's slices as safetensors under a manifest of hashes, committed by one rename.
+
+A folder ``checkpoints/step-00001000`` holds ``weights-RANK.safetensors`` (fp32 weights and EMA), ``moments-RANK.safetensors``
+(Adam's two moments), ``state.json`` (counters, data cursor) and ``manifest.json`` (format, every tensor's full shape, every
+file's bytes and SHA-256). A key is ``KIND/NAME@OFFSET``: a 1-D run of the flattened tensor NAME, so that loading re-slices
+for any number of ranks, any ZeRO stage and any layout. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longskip.engine import faults
+from longskip.engine.distributed import barrier, broadcast_object, gather_objects
+from longskip.errors import CheckpointError, DiskFullError
+
+if TYPE_CHECKING:
+    import torch
+
+    from longskip.engine.shards import Kind, Shards
+
+FORMAT, VERSION = "longskip-checkpoint", 1
+FILES: dict[str, tuple[Kind, ...]] = {"weights": ("weight", "ema"), "moments": ("exp_avg", "exp_avg_sq")}
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+_STEP = re.compile(r"^step-(\d{8})$")
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+
+def save(checkpoints: Path, step: int, shards: Shards, state: dict[str, Any], *, keep_last: int) -> Path:
+    """Commit a checkpoint of ``step``; every rank calls it at the same step and returns after the commit.
+
+    Raises DiskFullError or CheckpointError on all ranks alike, with the earlier checkpoints intact.
+    """
+    final, temporary = checkpoints / f"step-{step:08d}", checkpoints / f"step-{step:08d}.tmp"
+    faults.point("save.begin", step=step)
+    if shards.rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    barrier()
+    written: dict[str, Any]
+    try:
+        written = {"files": _write_rank(temporary, step, shards)}
+    except (OSError, CheckpointError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or isinstance(error, DiskFullError)
+        written = {"error": str(error), "disk_full": full}
+    everyone: list[Any] = gather_objects(written)
+    failed = [part for part in everyone if "error" in part]
+    if failed:
+        if shards.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        barrier()
+        kind = DiskFullError if any(part["disk_full"] for part in failed) else CheckpointError
+        raise kind(f"checkpoint of step {step} was not written: {failed[0]['error']}", cure=f"free space for {final}")
+    if shards.rank == 0:
+        files = {name: entry for part in everyone for name, entry in part["files"].items()}
+        _commit(temporary, final, step, shards, state, files)
+        _prune(checkpoints, keep_last)
+    barrier()
+    faults.point("save.done", step=step)
+    return final
+
+
+def _write_rank(folder: Path, step: int, shards: Shards) -> dict[str, dict[str, Any]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    owned = shards.owned()
+    needed = sum(item.numel for item in owned) * 4 * 4
+    free = shutil.disk_usage(folder).free
+    if free < needed * 1.02 + (1 << 20):
+        raise DiskFullError(f"{folder} needs {needed:,} bytes for rank {shards.rank}, {free:,} are free")
+    entries = {}
+    for stem, kinds in FILES.items():
+        path = folder / f"{stem}-{shards.rank:05d}.safetensors"
+        tensors = {
+            f"{kind}/{item.name}@{item.offset}": shards.tensor(item, kind).contiguous().cpu()
+            for item in owned
+            for kind in kinds
+        }
+        try:
+            save_file(_unshared(tensors), path)
+        except SafetensorError as error:
+            full = "os error 28" in str(error).lower() or "StorageFull" in str(error) or "code: 28" in str(error)
+            raise (DiskFullError if full else CheckpointError)(f"{path}: {error}") from None
+        entries[path.name] = _seal(path)
+        if stem == "weights":
+            faults.point("save.shard_half", step=step)
+    faults.point("save.shard_written", step=step)
+    return entries
+
+
+def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """safetensors refuses views of one storage; slices of a flat master are such views."""
+    return {key: value.clone() for key, value in tensors.items()}
+
+
+def _commit(
+    temporary: Path, final: Path, step: int, shards: Shards, state: dict[str, Any], files: dict[str, dict[str, Any]]
+) -> None:
+    _write_json(temporary / "state.json", state)
+    files["state.json"] = _seal(temporary / "state.json")
+    faults.point("save.before_manifest", step=step)
+    shapes = {name: list(shape) for name, _, _, shape in shards.model.canonical()}
+    _write_json(
+        temporary / "manifest.json",
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": step,
+            "world": shards.world,
+            "zero_stage": shards.stage,
+            "tensors": shapes,
+            "files": files,
+        },
+    )
+    _sync_folder(temporary)
+    faults.point("save.before_rename", step=step)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(temporary, final)
+    _sync_folder(final.parent)
+    faults.point("save.before_latest", step=step)
+    _write_json(final.parent / ".latest.tmp", final.name)
+    os.replace(final.parent / ".latest.tmp", final.parent / "latest")
+
+
+def _prune(checkpoints: Path, keep_last: int) -> None:
+    for path in steps_in(checkpoints)[:-keep_last]:
+        # Renamed first, so that a crash half-way through the deletion leaves no folder that looks like a checkpoint.
+        doomed = path.with_name(f"{path.name}.old")
+        os.rename(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+    for leftover in checkpoints.glob("step-*.old"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    """fsync ``path`` and return its size and SHA-256."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _sha256(file)
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _sha256(file: Any) -> Any:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- finding and verifying --------------------------------------------------------------------------------------------
+
+
+def steps_in(checkpoints: Path) -> list[Path]:
+    """Committed checkpoint folders, oldest first."""
+    return sorted(path for path in checkpoints.glob("step-*") if _STEP.match(path.name) and path.is_dir())
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder, its form checked; raises CheckpointError."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: no readable manifest.json ({error})") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{folder}: manifest.json is not a {FORMAT}")
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(f"{folder}: version {manifest.get('version')!r}, this longskip reads {VERSION}")
+    files, tensors = manifest.get("files"), manifest.get("tensors")
+    if not isinstance(files, dict) or not isinstance(tensors, dict):
+        raise CheckpointError(f"{folder}: manifest.json lists no files or no tensors")
+    for name in files:
+        if not _NAME.match(name):
+            raise CheckpointError(f"{folder}: manifest.json names {name!r}, which is not a file of this folder")
+    return manifest
+
+
+def verify(folder: Path, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """Check presence, size and SHA-256 of the manifest's files (or of ``names``); raises CheckpointError naming one."""
+    manifest = read_manifest(folder)
+    for name in manifest["files"] if names is None else names:
+        expected, path = manifest["files"][name], folder / name
+        if path.is_symlink() or not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        if path.stat().st_size != expected["bytes"]:
+            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, the manifest says {expected['bytes']:,}")
+        if _seal(path)["sha256"] != expected["sha256"]:
+            raise CheckpointError(f"{path} was altered: its SHA-256 is not the manifest's")
+    return manifest
+
+
+def newest(checkpoints: Path, *, mark_bad: bool = False) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies and what was wrong with newer ones (renamed ``.bad`` with ``mark_bad``)."""
+    complaints = []
+    for folder in reversed(steps_in(checkpoints)):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            complaints.append(str(error))
+            if mark_bad:
+                with contextlib.suppress(OSError):
+                    os.rename(folder, folder.with_name(f"{folder.name}.bad"))
+            continue
+        return folder, complaints
+    return None, complaints
+
+
+def newest_for_all(checkpoints: Path, rank: int) -> tuple[Path | None, list[str]]:
+    """``newest`` as rank 0 finds it, on every rank (one file system, one verdict)."""
+    found: Any = None
+    if rank == 0:
+        path, complaints = newest(checkpoints, mark_bad=True)
+        found = [path.name if path else None, complaints]
+    name, complaints = broadcast_object(found)  # type: ignore[misc]
+    return (checkpoints / name if name else None), complaints
+
+
+def choose(checkpoints: Path, which: str | None) -> Path:
+    """A checkpoint by ``step-N``, a step's number or ``None`` for the newest; verified."""
+    if which is None:
+        path, complaints = newest(checkpoints)
+        if path is None:
+            raise CheckpointError(
+                f"{checkpoints} holds no complete checkpoint" + "".join(f"; {c}" for c in complaints),
+                cure="train first: a checkpoint is committed every checkpoint.every steps",
+            )
+        return path
+    name = f"step-{int(which):08d}" if which.isdigit() else which
+    path = checkpoints / name
+    if not _STEP.match(name) or not path.is_dir():
+        there = ", ".join(p.name for p in steps_in(checkpoints)) or "none"
+        raise CheckpointError(f"no checkpoint {which!r} in {checkpoints}", cure=f"there: {there}")
+    verify(path)
+    return path
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text("utf-8"))
+    return state
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A saved run of elements: where it stands and what it covers."""
+
+    file: Path
+    key: str
+    offset: int
+    numel: int
+
+
+class Archive:
+    """The tensors of a checkpoint folder, readable in any slices. Close it, or use it as a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        self._files: dict[Path, Any] = {}
+        self._runs: dict[str, list[_Run]] = {}
+        for name in self.manifest["files"]:
+            if not name.endswith(".safetensors"):
+                continue
+            path = folder / name
+            file = safe_open(path, framework="pt")
+            self._files[path] = file
+            for key in file.keys():  # noqa: SIM118 - a safetensors handle, not a mapping
+                tensor, _, offset = key.rpartition("@")
+                (numel,) = file.get_slice(key).get_shape()
+                self._runs.setdefault(tensor, []).append(_Run(path, key, int(offset), numel))
+
+    def __enter__(self) -> Archive:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.clear()
+
+    def check_model(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Raise CheckpointError unless the saved tensors are exactly ``shapes``."""
+        saved = {name: tuple(shape) for name, shape in self.manifest["tensors"].items()}
+        wrong = sorted(n for n in saved.keys() | shapes.keys() if saved.get(n) != tuple(shapes.get(n, ())))
+        if wrong:
+            first = wrong[0]
+            raise CheckpointError(
+                f"{self.folder} is of another model: {len(wrong)} tensors differ, first {first} "
+                f"(saved {saved.get(first)}, model {shapes.get(first)})",
+                cure="use the configuration that the run was made with",
+            )
+
+    def read(self, kind: Kind, name: str, offset: int, numel: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Pieces ``(position within the request, values)`` that cover ``numel`` elements from ``offset`` on."""
+        covered = 0
+        for run in self._runs.get(f"{kind}/{name}", []):
+            low, high = max(run.offset, offset), min(run.offset + run.numel, offset + numel)
+            if low < high:
+                yield low - offset, self._files[run.file].get_slice(run.key)[low - run.offset : high - run.offset]
+                covered += high - low
+        if covered != numel:
+            raise CheckpointError(f"{self.folder}: {kind} of {name} lacks {numel - covered:,} of {numel:,} elements")
+
+    def full(self, kind: Kind) -> dict[str, torch.Tensor]:
+        """Every tensor of ``kind``, whole, fp32, by canonical name."""
+        import math
+
+        import torch
+
+        tensors = {}
+        for name, shape in self.manifest["tensors"].items():
+            flat = torch.empty(math.prod(shape), dtype=torch.float32)
+            for position, values in self.read(kind, name, 0, flat.numel()):
+                flat[position : position + values.numel()] = values
+            tensors[name] = flat.view(shape)
+        return tensors
+
+
+def load(folder: Path, shards: Shards) -> dict[str, Any]:
+    """Fill this rank's slices from ``folder`` (saved by any ranks, stage, layout) and return the saved state."""
+    from longskip.engine.shards import KINDS
+
+    with Archive(folder) as archive:
+        archive.check_model({name: tuple(shape) for name, _, _, shape in shards.model.canonical()})
+        for item in shards.slices:
+            for kind in KINDS:
+                target = shards.tensor(item, kind)
+                for position, values in archive.read(kind, item.name, item.offset, item.numel):
+                    target[position : position + values.numel()].copy_(values)
+    shards.publish()
+    return read_state(folder)

@@ -1,0 +1,310 @@
+"""The run's configuration: one frozen group per YAML section, unknown keys refused, every cross-check with its cure.
+
+Imports without torch, so that configuration errors answer in well under a second.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from longskip.errors import ConfigError
+from longskip.models.presets import preset
+from longskip.models.specs import TextEncoderSpec, UViTSpec
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads ``1e-4`` as text; a number is meant."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Share = Annotated[float, BeforeValidator(_number), Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+Rate = Annotated[float, BeforeValidator(_number), Field(ge=0.0, allow_inf_nan=False)]
+
+
+class Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+
+class ModelGroup(Group):
+    """The backbone: a preset, and fields of ``UViTSpec`` that differ from it. ``resolution`` is pixels (H, W)."""
+
+    preset: str = "uvit-shapes"
+    resolution: tuple[Positive, Positive] | None = None
+    width: Positive | None = None
+    depth: Positive | None = None
+    n_heads: Positive | None = None
+    patch: Positive | None = None
+    mlp_ratio: Positive | None = None
+    conv: bool | None = None
+    skips: bool | None = None
+    time_mlp: bool | None = None
+    qk_norm: bool | None = None
+    adaln: bool | None = None
+    pos_init: Literal["normal", "sincos"] | None = None
+
+    @field_validator("resolution", mode="before")
+    @classmethod
+    def _square(cls, value: Any) -> Any:
+        return (value, value) if isinstance(value, int) else value
+
+
+class DataGroup(Group):
+    """``path``: a folder of shards with its index, or a folder of pictures with captions."""
+
+    path: str = ""
+    validation: str | None = None
+    workers: Count = 0
+    flip: bool = False
+    crop: Literal["centre", "random"] = "centre"
+    shuffle: Literal["full"] = "full"
+    max_bad_share: Share = 0.01
+
+
+class TextGroup(Group):
+    """The text encoder that is trained with the backbone: words, with bytes for words it does not know."""
+
+    kind: Literal["words", "none"] = "words"
+    width: Positive = 64
+    n_tokens: Positive = 16
+    vocabulary: Positive = 4096
+    too_long: Literal["error", "truncate"] = "error"
+
+
+class EncodersGroup(Group):
+    text: TextGroup = TextGroup()
+
+
+class DiffusionGroup(Group):
+    """Rectified flow x_t = (1−t)·x0 + t·ε with logit-normal(``time_mean``, ``time_std``) times (SD3, 2403.03206)."""
+
+    objective: Literal["flow"] = "flow"
+    prediction: Literal["v", "x"] = "v"
+    time_mean: Real = 0.0
+    time_std: Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)] = 1.0
+    time_floor: Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1)] = 0.05
+    caption_dropout: Share = 0.1
+
+
+class OptimGroup(Group):
+    lr: Rate = 1e-4
+    betas: tuple[Share, Share] = (0.9, 0.99)
+    eps: Annotated[float, BeforeValidator(_number), Field(gt=0)] = 1e-8
+    weight_decay: Rate = 0.03
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: Count = 0
+    final_lr_share: Share = 0.0
+    clip: Rate = 1.0
+    ema_decay: Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)] = 0.999
+    ema_warmup: bool = True
+
+
+class TrainGroup(Group):
+    """Global ``batch_size`` = ``micro_batch`` × ``accumulation`` × ranks; two are given, the third is derived."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    steps: Positive = 1000
+    batch_size: Positive = 32
+    micro_batch: Positive | None = None
+    accumulation: Positive | None = None
+    seed: Count = 0
+    dtype: Literal["fp32", "bf16"] = "fp32"
+
+
+class KernelsGroup(Group):
+    """One backend for all ops, or a mapping op → backend (``auto | reference | torch | triton | require:NAME``)."""
+
+    backend: str | dict[str, str] = "auto"
+
+    def by_op(self) -> dict[str, str]:
+        return {"all": self.backend} if isinstance(self.backend, str) else dict(self.backend)
+
+
+class EngineGroup(Group):
+    """``layout``: ``flat`` keeps two tensors per block (ZeRO's unit), ``named`` one per parameter; the same losses."""
+
+    layout: Literal["flat", "named"] = "flat"
+    checkpointing: bool = False
+
+
+class CheckpointGroup(Group):
+    every: Positive = 500
+    keep_last: Positive = 3
+
+
+class LoggingGroup(Group):
+    every: Positive = 10
+    samples_every: Count = 500
+    prompts: tuple[str, ...] = ()
+    sample_steps: Positive = 25
+    guidance: Rate = 3.0
+    tensorboard: bool = True
+
+
+class EvalGroup(Group):
+    """Validation loss on ``samples`` pictures with fixed noise and times in ``time_bins`` bins, every ``every`` steps.
+
+    ``judge``: how ``longskip evaluate`` scores drawn pictures: ``shapes`` reads them with the programmatic judge,
+    ``nearest`` asks whether the nearest training picture is the captioned one.
+    """
+
+    every: Count = 500
+    samples: Positive = 256
+    time_bins: Positive = 10
+    judge: Literal["shapes", "nearest", "none"] = "none"
+    judge_count: Positive = 200
+    judge_objects: Literal[1, 2] = 1
+    sampler: Literal["euler", "heun"] = "euler"
+    sample_steps: Positive = 25
+    guidance: Rate = 3.0
+
+
+class DeepspeedGroup(Group):
+    """``config``: a DeepSpeed JSON of your own, merged under what longskip sets; contradictions are refused."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    config: str | None = None
+
+
+class LaunchGroup(Group):
+    timeout_minutes: Positive = 30
+
+
+class BudgetGroup(Group):
+    price_per_device_hour: Rate | None = None
+    currency: str = "USD"
+
+
+class Config(Group):
+    model: ModelGroup = ModelGroup()
+    data: DataGroup = DataGroup()
+    encoders: EncodersGroup = EncodersGroup()
+    diffusion: DiffusionGroup = DiffusionGroup()
+    optim: OptimGroup = OptimGroup()
+    train: TrainGroup = TrainGroup()
+    kernels: KernelsGroup = KernelsGroup()
+    engine: EngineGroup = EngineGroup()
+    checkpoint: CheckpointGroup = CheckpointGroup()
+    logging: LoggingGroup = LoggingGroup()
+    eval: EvalGroup = EvalGroup()
+    deepspeed: DeepspeedGroup = DeepspeedGroup()
+    launch: LaunchGroup = LaunchGroup()
+    budget: BudgetGroup = BudgetGroup()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        spec = self.backbone()  # raises SpecError with its cure before anything is built
+        if self.encoders.text.kind == "none" and self.diffusion.caption_dropout > 0 and spec.n_txt == 0:
+            raise ValueError("diffusion.caption_dropout needs a text encoder; set it to 0 or encoders.text.kind to words")
+        if self.train.micro_batch and self.train.accumulation:
+            share = self.train.micro_batch * self.train.accumulation
+            if self.train.batch_size % share:
+                raise ValueError(
+                    f"train.batch_size {self.train.batch_size} is not micro_batch {self.train.micro_batch} × "
+                    f"accumulation {self.train.accumulation} × a whole number of ranks; give two of the three"
+                )
+        elif self.train.micro_batch and self.train.batch_size % self.train.micro_batch:
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} is not divisible by train.micro_batch "
+                f"{self.train.micro_batch}; choose one of {divisors(self.train.batch_size)}"
+            )
+        return self
+
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """Pixels (H, W); the preset's latent size where none is given (pixel-space presets)."""
+        return self.model.resolution or preset(self.model.preset).latent_size
+
+    def backbone(self) -> UViTSpec:
+        """The backbone's spec with this configuration's resolution, text encoder and overrides."""
+        overrides = self.model.model_dump(exclude={"preset", "resolution"}, exclude_none=True)
+        text = self.encoders.text
+        if text.kind == "words":
+            overrides |= {"n_txt": text.n_tokens, "text_width": text.width}
+        else:
+            overrides |= {"n_txt": 0, "text_width": 0}
+        # Pixels are the latents until a VAE encodes them, so pixel-space training is three channels at factor 1.
+        overrides |= {"latent_size": self.resolution, "channels": 3, "out_channels": None}
+        return preset(self.model.preset, **overrides)
+
+    def text_encoder(self, vocabulary_size: int) -> TextEncoderSpec | None:
+        text = self.encoders.text
+        if text.kind == "none":
+            return None
+        return TextEncoderSpec(vocab_size=vocabulary_size, width=text.width, n_tokens=text.n_tokens)
+
+    def batch(self, world: int) -> BatchPlan:
+        """Micro-batch and accumulation for ``world`` ranks.
+
+        Raises ConfigError naming the world sizes that divide the batch when this one does not.
+        """
+        total, micro, accumulation = self.train.batch_size, self.train.micro_batch, self.train.accumulation
+        if micro is None and accumulation is None:
+            accumulation = 1
+        if micro is None:
+            assert accumulation is not None
+            fits = [w for w in divisors(total // math.gcd(total, accumulation)) if total % (w * accumulation) == 0]
+            micro = total // (world * accumulation)
+        else:
+            fits = divisors(total // micro)
+        if total % (world * micro) or micro == 0 or world not in fits:
+            raise ConfigError(
+                f"train.batch_size {total} does not divide over {world} rank(s)"
+                + (f" with micro_batch {self.train.micro_batch}" if self.train.micro_batch else ""),
+                cure=f"start one of {fits} ranks, or change train.batch_size or train.micro_batch",
+            )
+        # Micro-batch is what is kept when the world changes; accumulation follows from it.
+        return BatchPlan(total=total, micro=micro, accumulation=total // (world * micro), world=world)
+
+
+class BatchPlan(BaseModel):
+    """``total = micro × accumulation × world`` samples per optimizer step."""
+
+    model_config = ConfigDict(frozen=True)
+
+    total: int
+    micro: int
+    accumulation: int
+    world: int
+
+    def __str__(self) -> str:
+        return f"batch {self.total} = {self.micro} micro × {self.accumulation} accumulation × {self.world} rank(s)"
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0] if n < 100_000 else [1, n]
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a nested mapping."""
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{path}.")
+        else:
+            yield path, value
+
+
+# What may differ when a run is started again; all else belongs to what the run is.
+MAY_CHANGE_ON_RESUME = ("train.steps", "logging.", "eval.", "checkpoint.", "launch.", "budget.")
+
+
+def differing_keys(saved: Config, now: Config) -> dict[str, tuple[Any, Any]]:
+    """Keys that differ and may not differ on resume → (saved value, value now)."""
+    old, new = dict(leaves(saved.model_dump(mode="json"))), dict(leaves(now.model_dump(mode="json")))
+    return {
+        key: (old.get(key), new.get(key))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE_ON_RESUME)
+    }

@@ -1,0 +1,151 @@
+"""YAML in and out: ``extends:``, dotted overrides, duplicate and unknown keys refused with "did you mean" (no torch)."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from longskip.engine.config import Config
+from longskip.errors import ConfigError
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 8
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe loading that refuses duplicate keys and aliases (an alias bomb needs them, a configuration does not)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise ConfigError(f"{mark.name}:{mark.line + 1}: YAML aliases are not allowed", cure="write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                mark = key_node.start_mark
+                raise ConfigError(f"{mark.name}:{mark.line + 1}: key {key!r} stands twice", cure="keep one of them")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """One YAML mapping from ``path``; raises ConfigError for anything else."""
+    try:
+        text = path.read_text("utf-8") if path.stat().st_size <= MAX_BYTES else None
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration at {path}", cure="longskip config new --help makes one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    if text is None:
+        raise ConfigError(f"{path} is larger than {MAX_BYTES} bytes; that is no configuration")
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, name: str = "configuration") -> dict[str, Any]:
+    try:
+        loader = _Loader(text)
+        loader.name = name
+        try:
+            tree = loader.get_single_data()  # type: ignore[no-untyped-call]
+        finally:
+            loader.dispose()  # type: ignore[no-untyped-call]
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{name} is not valid YAML: {error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{name} holds a {type(tree).__name__}, not a mapping of groups")
+    return tree
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` laid upon ``base``, group by group; lists and scalars replace."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def load_tree(path: Path, *, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The YAML at ``path`` with every ``extends:`` resolved (relative to the file that names it)."""
+    path = path.resolve()
+    if path in _chain:
+        raise ConfigError(f"extends goes round in a circle: {' → '.join(p.name for p in (*_chain, path))}")
+    if len(_chain) >= MAX_DEPTH:
+        raise ConfigError(f"extends is nested deeper than {MAX_DEPTH} files at {path}")
+    tree = read_yaml(path)
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: extends must name one file, got {parent!r}")
+    return merge(load_tree(path.parent / parent, _chain=(*_chain, path)), tree)
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """``a.b=value`` → ``{"a": {"b": value}}``, the value read as YAML."""
+    key, separator, value = text.partition("=")
+    if not separator or not key or not all(part.isidentifier() for part in key.split(".")):
+        raise ConfigError(f"override {text!r} is not of the form group.key=value", cure="for instance optim.lr=1e-4")
+    try:
+        leaf: Any = yaml.safe_load(value) if value else None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {text!r}: the value is not valid YAML ({error})") from None
+    for part in reversed(key.split(".")):
+        leaf = {part: leaf}
+    return typing.cast("dict[str, Any]", leaf)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The resolved configuration of a YAML file with dotted overrides on top; raises ConfigError."""
+    tree = load_tree(path)
+    for override in overrides:
+        tree = merge(tree, parse_override(override))
+    return validate(tree)
+
+
+def validate(tree: dict[str, Any]) -> Config:
+    """A nested mapping as Config; every complaint names the key's path, the value and what is allowed."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_complaint(item) for item in error.errors())) from None
+
+
+def dump_yaml(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _complaint(item: Any) -> str:
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = _fields_at([str(part) for part in item["loc"][:-1]])
+        close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+        return f"unknown key {path!r}; {hint}"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if not path:
+        return message
+    return f"{path}: {message} (got {item['input']!r})"
+
+
+def _fields_at(path: list[str]) -> list[str]:
+    """The field names of the group at ``path``."""
+    model: type[BaseModel] = Config
+    for part in path:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

@@ -1,0 +1,397 @@
+"""The index of a folder of shards: ``index.json`` and, beside each shard, a table of where every member lies.
+
+Shards are webdataset tars after img2dataset's conventions: ``KEY.jpg|png|webp``, ``KEY.txt``, optional ``KEY.json``
+and derived ``KEY.latent.npy``, ``KEY.text.npy``, ``KEY.mask.npy``. They are walked with ``tarfile``, never with
+webdataset, whose decoders run pickles and whose URLs run shells. ``tarfile`` ends quietly at a damaged header, so a
+walk counts only when it reaches the end-of-archive blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import mmap
+import os
+import re
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from longskip.engine.data.decode import picture_size
+from longskip.errors import BadSampleError, ShardError
+
+VERSION = 1
+INDEX_NAME = "index.json"
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+DERIVED = ("latent.npy", "text.npy", "mask.npy")
+KINDS = ("image", "txt", "json", *DERIVED)
+REFUSED = frozenset({"pyd", "pkl", "pickle", "pth", "pt", "ckpt", "joblib", "dill"})
+
+_BLOCK = 512
+_END = 2 * _BLOCK
+_URL = re.compile(r"^\s*[A-Za-z][A-Za-z0-9+.-]+:|://")
+_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\\\\\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard as ``index.json`` lists it; ``file`` is relative to the index, ``members`` counts them by kind."""
+
+    file: str
+    count: int
+    bytes: int
+    sha256: str
+    members: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def table(self) -> str:
+        """The table's file, relative to the index."""
+        return table_name(self.file)
+
+
+@dataclass(frozen=True)
+class Index:
+    """A checked ``index.json``: the folder, its shards in order, and the ids of the encoders behind derived members."""
+
+    folder: Path
+    shards: tuple[ShardEntry, ...]
+    encoders: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """The number of samples."""
+        return sum(shard.count for shard in self.shards)
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``index.json`` holds; nothing of it depends on where the folder lies."""
+        shards = [
+            {"file": s.file, "count": s.count, "bytes": s.bytes, "sha256": s.sha256, "members": dict(s.members)}
+            for s in self.shards
+        ]
+        return {"version": VERSION, "total": self.total, "shards": shards, "encoders": dict(self.encoders)}
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the content of the index: the identity of the data, wherever they lie."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+def table_name(file: str) -> str:
+    """``00000.tar`` → ``00000.idx.npy``."""
+    return (file[:-4] if file.endswith(".tar") else file) + ".idx.npy"
+
+
+def refuse_url(path: str | os.PathLike[str]) -> Path:
+    """``path`` as a ``Path``. Raises ``ShardError`` for ``pipe:``, ``http:`` and other URLs: only files are read."""
+    text = os.fspath(path)
+    if _URL.search(text):
+        raise ShardError(
+            f"{text!r} looks like a URL or a pipe; only local files are read and no command is ever run",
+            cure="copy the data to a local or mounted folder (a local name with a colon: write ./ before it)",
+        )
+    return Path(text)
+
+
+def checked_key(key: str) -> str:
+    """``key`` itself. Raises ``ShardError`` for keys that could leave a folder or garble a terminal."""
+    parts = PurePosixPath(key).parts
+    if not key or key.startswith("/") or ".." in parts or _UNSAFE.search(key):
+        raise ShardError(f"the key {key!r} is empty, absolute, contains '..', a backslash or unprintable characters")
+    return key
+
+
+def split_member(name: str) -> tuple[str, str]:
+    """``a/b.latent.npy`` → ``("a/b", "latent.npy")``, at the first dot of the base name as webdataset does."""
+    head, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return head + slash + stem, extension.lower()
+
+
+def _kind(extension: str) -> str | None:
+    if extension in IMAGE_EXTENSIONS:
+        return "image"
+    return extension if extension in KINDS else None
+
+
+def _reindex(folder: Path) -> str:
+    return f"restore the shard, or index what is there: longskip data index {folder}"
+
+
+def _walk(path: Path) -> tuple[list[tuple[str, dict[str, tuple[int, int]]]], int]:
+    """[(key, {kind: (offset, size)})] in file order and where the last member ends (rounded up to a block)."""
+    samples: list[tuple[str, dict[str, tuple[int, int]]]] = []
+    seen: set[str] = set()
+    end = 0
+    total = path.stat().st_size
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            where = f"{path}: member {member.name!r} at byte {member.offset}"
+            stop = member.offset_data + member.size
+            end = -(-stop // _BLOCK) * _BLOCK
+            if member.isdir():
+                end = member.offset_data
+                continue
+            if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:
+                raise ShardError(f"{where} is a link, a device or a sparse file; only plain files are read")
+            if member.size < 0 or stop > total:
+                raise ShardError(f"{where} needs {stop} bytes of file, found {total}: the shard is truncated")
+            key, extension = split_member(member.name)
+            try:
+                checked_key(key)
+            except ShardError as error:
+                raise ShardError(f"{where}: {error.message}") from None
+            if REFUSED.intersection(extension.split(".")):
+                raise ShardError(
+                    f"{where} is a pickle or a module, which can run code when read; such members are refused",
+                    cure="write the shard without it (longskip data pack)",
+                )
+            if not samples or samples[-1][0] != key:
+                if key in seen:
+                    raise ShardError(
+                        f"{where}: the key {key!r} appears a second time in the shard",
+                        cure="keys must be unique and a sample's members adjacent (tar --sort=name)",
+                    )
+                seen.add(key)
+                samples.append((key, {}))
+            kind = _kind(extension)
+            if kind is None:
+                continue
+            if kind in samples[-1][1]:
+                raise ShardError(f"{where}: the sample {key!r} has a second {kind} member")
+            samples[-1][1][kind] = (member.offset_data, member.size)
+    return samples, end
+
+
+def index_shard(path: Path, file: str | None = None) -> tuple[ShardEntry, np.ndarray]:
+    """Reads one shard through once: its entry and its table, one row per sample.
+
+    The table is a structured array: ``key`` (bytes), ``width`` and ``height`` (as stored in the file, before EXIF
+    orientation; 0 where the header cannot be read), and per kind ``KIND_offset``, ``KIND_size``, ``KIND_crc32`` with a
+    size of -1 where a sample lacks the member. Raises ``ShardError`` naming the byte where the shard is damaged.
+    """
+    cure = "make the shard again; nothing of it was indexed"
+    try:
+        size = path.stat().st_size
+        if size == 0:
+            raise ShardError(f"{path} is empty (0 bytes)", cure=cure)
+        rows, end = _walk(path)
+    except FileNotFoundError:
+        raise ShardError(f"{path} does not exist") from None
+    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+        raise ShardError(f"{path} cannot be read as a tar: {error}", cure=cure) from error
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if size - end < _END or any(data[end : end + _END]):
+            raise ShardError(
+                f"{path}: the walk ended at byte {end} of {size} without the end-of-archive blocks: "
+                "a damaged header or a truncated shard",
+                cure=cure,
+            )
+        if data[end:].strip(b"\0"):
+            raise ShardError(f"{path}: data after the end of the archive at byte {end}", cure=cure)
+        counts = Counter(kind for _, members in rows for kind in members)
+        if not counts["image"]:
+            raise ShardError(f"{path} holds no picture in {len(rows)} samples", cure=cure)
+        kinds = [kind for kind in KINDS if counts[kind]]
+        table = np.zeros(len(rows), dtype=_dtype(kinds, max(len(key.encode()) for key, _ in rows)))
+        for kind in kinds:
+            table[f"{kind}_size"] = -1
+        view = memoryview(data)
+        try:
+            for i, (key, members) in enumerate(rows):
+                table["key"][i] = key.encode()
+                for kind, (offset, length) in members.items():
+                    table[f"{kind}_offset"][i] = offset
+                    table[f"{kind}_size"][i] = length
+                    table[f"{kind}_crc32"][i] = zlib.crc32(view[offset : offset + length])
+                if "image" not in members:
+                    continue  # the row stays, so that the reader and lint report it
+                offset, length = members["image"]
+                try:
+                    table["width"][i], table["height"][i] = picture_size(data[offset : offset + length])
+                except BadSampleError:
+                    continue  # the reader meets it again and reports it with the sample
+            sha256 = hashlib.sha256(view).hexdigest()
+        finally:
+            view.release()
+    entry = ShardEntry(file or path.name, len(rows), size, sha256, {kind: counts[kind] for kind in kinds})
+    return entry, table
+
+
+def _dtype(kinds: Iterable[str], key_bytes: int) -> np.dtype:
+    fields: list[tuple[str, str]] = [("key", f"S{key_bytes}"), ("width", "<u4"), ("height", "<u4")]
+    for kind in kinds:
+        fields += [(f"{kind}_offset", "<i8"), (f"{kind}_size", "<i8"), (f"{kind}_crc32", "<u4")]
+    return np.dtype(fields)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes beside ``path``, syncs and renames, so that a reader sees the old file or the whole new one."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_table(path: Path, table: np.ndarray) -> None:
+    """Saves a table as ``.npy`` without pickle."""
+    buffer = io.BytesIO()
+    np.save(buffer, table, allow_pickle=False)
+    write_atomically(path, buffer.getvalue())
+
+
+def save_index(index: Index) -> Path:
+    """Writes ``index.json`` last and atomically; returns its path."""
+    path = index.folder / INDEX_NAME
+    write_atomically(path, (json.dumps(index.to_json(), indent=1, sort_keys=True) + "\n").encode())
+    return path
+
+
+def build_index(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], *, encoders: Mapping[str, Any] | None = None
+) -> Index:
+    """Indexes shards made elsewhere: all ``*.tar`` of a folder, or the listed ones; writes tables and ``index.json``.
+
+    Listed shards of several folders get their index in the deepest folder above them all. Raises ``ShardError`` naming
+    the file for missing, damaged or hostile shards; then no ``index.json`` is written.
+    """
+    if isinstance(paths, (str, os.PathLike)):
+        folder = refuse_url(paths)
+        if not folder.is_dir():
+            raise ShardError(f"{folder} is not a folder")
+        files = sorted(folder.glob("*.tar"))
+    else:
+        files = [refuse_url(path) for path in paths]
+        folder = Path(os.path.commonpath([path.absolute().parent for path in files])) if files else Path()
+    if not files:
+        raise ShardError(f"no *.tar in {folder}", cure="pack pictures into shards: longskip data pack FOLDER OUT")
+    entries = []
+    for path in files:
+        file = path.name if path.parent == folder else path.absolute().relative_to(folder.absolute()).as_posix()
+        entry, table = index_shard(path, file)
+        write_table(folder / entry.table, table)
+        entries.append(entry)
+    index = Index(folder, tuple(entries), dict(encoders or {}))
+    save_index(index)
+    return index
+
+
+def load_index(path: str | os.PathLike[str], *, check: bool = True) -> Index:
+    """The index of a folder (or of its ``index.json``); with ``check`` every shard is checked cheaply (no hashing).
+
+    Raises ``ShardError`` for an index that is missing, of another version or malformed, and for shards that differ.
+    """
+    path = refuse_url(path)
+    if path.is_dir():
+        path = path / INDEX_NAME
+    folder = path.parent
+    cure = f"longskip data index {folder}"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ShardError(f"{path} does not exist", cure=cure) from None
+    except (ValueError, RecursionError) as error:
+        raise ShardError(f"{path} is not valid JSON: {error}", cure=cure) from error
+    if not isinstance(data, dict) or data.get("version") != VERSION:
+        found = data.get("version") if isinstance(data, dict) else None
+        raise ShardError(f"{path} has version {found!r}; this longskip reads version {VERSION}", cure=cure)
+    try:
+        shards = tuple(_entry(item) for item in data["shards"])
+        encoders = data.get("encoders", {})
+        total = data["total"]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ShardError(f"{path} is malformed: {type(error).__name__}: {error}", cure=cure) from error
+    index = Index(folder, shards, encoders)
+    if index.total != total:
+        raise ShardError(f"{path} says {total} samples in all, its shards add up to {index.total}", cure=cure)
+    if check:
+        for shard in shards:
+            check_shard(folder, shard)
+    return index
+
+
+def _entry(item: dict[str, Any]) -> ShardEntry:
+    file = item["file"]
+    if not isinstance(file, str) or not file.endswith(".tar") or _URL.search(file):
+        raise ValueError(f"shard file {file!r}")
+    try:
+        checked_key(file)
+    except ShardError as error:
+        raise ValueError(f"shard file {file!r}: {error.message}") from None
+    for name in ("count", "bytes"):
+        if isinstance(item[name], bool) or not isinstance(item[name], int) or item[name] < 1:
+            raise ValueError(f"{file}: {name} is {item[name]!r}")
+    return ShardEntry(file, item["count"], item["bytes"], str(item["sha256"]), dict(item.get("members", {})))
+
+
+def load_table(folder: Path, shard: ShardEntry) -> np.ndarray:
+    """The memory-mapped table of a shard. Raises ``ShardError`` where it is missing, malformed or of another length."""
+    path = folder / shard.table
+    cure = f"longskip data index {folder}"
+    try:
+        table = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise ShardError(f"{path} does not exist", cure=cure) from None
+    except (ValueError, OSError, EOFError) as error:
+        raise ShardError(f"{path} is not a table: {error}", cure=cure) from error
+    names = table.dtype.names or ()
+    kinds = [name[: -len("_offset")] for name in names if name.endswith("_offset")]
+    whole = table.ndim == 1 and table.dtype == _dtype(kinds, table.dtype["key"].itemsize) if "key" in names else False
+    if not whole or "image" not in kinds:
+        raise ShardError(f"{path} is not a table of shard members", cure=cure)
+    if len(table) != shard.count:
+        raise ShardError(f"{path} has {len(table)} rows, expected {shard.count}", cure=cure)
+    return table
+
+
+def check_shard(folder: Path, shard: ShardEntry) -> None:
+    """Existence, size, table, the headers before a few members and the end of the archive; about 0.2 ms, no hashing.
+
+    Raises ``ShardError`` naming the file, what was expected, what was found, and the cure.
+    """
+    path = folder / shard.file
+    cure = _reindex(folder)
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise ShardError(f"{path} is missing; the index expects {shard.bytes} bytes", cure=cure) from None
+    if size != shard.bytes:
+        state = "truncated" if size < shard.bytes else "grown"
+        raise ShardError(f"{path} is {state}: expected {shard.bytes} bytes, found {size}", cure=cure)
+    table = load_table(folder, shard)
+    offsets, lengths = table["image_offset"], table["image_size"]
+    pictures = np.flatnonzero(lengths >= 0)
+    with path.open("rb") as stream:
+        for row in pictures[np.unique(np.linspace(0, len(pictures) - 1, 4).astype(int))] if len(pictures) else ():
+            offset, length = int(offsets[row]), int(lengths[row])
+            if not _BLOCK <= offset <= size - _END - length:
+                raise ShardError(f"{path}: the table's row {row} points to byte {offset} of {size}", cure=cure)
+            header = os.pread(stream.fileno(), _BLOCK, offset - _BLOCK)
+            found = _header_size(header)
+            if found != length:
+                raise ShardError(
+                    f"{path}: expected a tar header for {length} bytes at byte {offset - _BLOCK}, found "
+                    + ("none" if found is None else f"one for {found} bytes"),
+                    cure=cure,
+                )
+        if any(os.pread(stream.fileno(), _END, size - _END)):
+            raise ShardError(f"{path}: the end-of-archive blocks are not there", cure=cure)
+
+
+def _header_size(header: bytes) -> int | None:
+    """The size that a ustar header declares, or None where its magic or checksum is wrong."""
+    try:
+        info = tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape")
+    except tarfile.TarError:
+        return None
+    return info.size if header[257:262] == b"ustar" else None

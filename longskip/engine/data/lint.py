@@ -1,0 +1,177 @@
+"""``longskip data lint``: reads everything once and says what is wrong, without stopping at the first fault."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from longskip.engine.data.decode import MAX_PIXELS, decode_image
+from longskip.engine.data.index import INDEX_NAME, Index, check_shard, load_index, refuse_url
+from longskip.engine.data.sources import RawSample, ShardSource, open_source, read_entry, scan_folder
+from longskip.engine.data.tokens import Vocabulary, split_words
+from longskip.errors import BadSampleError, ShardError
+
+MAX_EXAMPLES = 100
+
+
+@dataclass
+class LintReport:
+    """What ``lint`` found: faults per reason, and of the first of them (key or file, reason, detail).
+
+    ``samples`` is how many the data should hold, ``good`` how many can be trained on, ``sha256_checked`` how many
+    shards were hashed, ``longest_caption`` is in tokens (without a vocabulary, in words).
+    """
+
+    path: str
+    samples: int = 0
+    good: int = 0
+    shards: int = 0
+    sha256_checked: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: list[tuple[str, str, str]] = field(default_factory=list)
+    longest_caption: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found."""
+        return not self.counts
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields and ``ok``."""
+        return {**asdict(self), "ok": self.ok}
+
+    def add(self, name: str, reason: str, detail: str) -> None:
+        """Counts a fault and keeps the first ``MAX_EXAMPLES``."""
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        if len(self.examples) < MAX_EXAMPLES:
+            self.examples.append((name, reason, detail))
+
+
+def lint(
+    path: str | os.PathLike[str],
+    *,
+    vocabulary: Vocabulary | None = None,
+    n_txt: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    progress: Callable[[int], None] | None = None,
+) -> LintReport:
+    """Checks a folder of shards or of pictures: hashes, headers, every picture decoded, every caption read.
+
+    Reasons beside those of reading: ``shard`` (missing, truncated, altered headers or table), ``shard_sha256``,
+    ``duplicate_key``, ``duplicate_image`` (the same bytes as an earlier picture), ``text_too_long`` (more than
+    ``n_txt`` tokens of ``vocabulary``; without one, more than ``n_txt`` words). Duplicates can still be trained on and
+    count as good; samples of a shard that cannot be opened do not. Raises ``ShardError`` where there is no index to
+    check against, ``DataError`` where there are no data.
+    """
+    folder = refuse_url(path)
+    report = LintReport(str(folder))
+    check = _Checks(report, vocabulary, n_txt, max_pixels, progress)
+    if folder.name == INDEX_NAME or (folder / INDEX_NAME).exists():
+        _lint_shards(load_index(folder, check=False), check)
+    elif folder.is_dir() and not any(folder.glob("*.tar")):
+        entries, problems = scan_folder(folder)
+        report.samples = len(entries) + len(problems)
+        for problem in problems:
+            report.add(*problem)
+        for entry in entries:
+            check.sample(entry.key, partial(read_entry, folder, entry))
+        if not report.samples:
+            open_source(folder)  # raises with the cure
+    else:
+        open_source(folder)  # the same
+    report.counts = dict(sorted(report.counts.items()))
+    return report
+
+
+def _lint_shards(index: Index, check: _Checks) -> None:
+    report = check.report
+    report.samples, report.shards = index.total, len(index.shards)
+    for shard in index.shards:
+        try:
+            check_shard(index.folder, shard)
+        except ShardError as error:
+            report.add(shard.file, "shard", error.message)
+            continue
+        sha256 = file_sha256(index.folder / shard.file)
+        report.sha256_checked += 1
+        if sha256 != shard.sha256:
+            report.add(shard.file, "shard_sha256", f"expected {shard.sha256}, found {sha256}")
+        source = ShardSource(Index(index.folder, (shard,)), on_damage="skip")
+        for i in range(len(source)):
+            check.sample(source.key(i), partial(source.read, i))
+        source.close()
+
+
+class _Checks:
+    """Checks samples one by one and remembers, as 8-byte hashes, the keys and pictures seen."""
+
+    def __init__(
+        self,
+        report: LintReport,
+        vocabulary: Vocabulary | None,
+        n_txt: int | None,
+        max_pixels: int,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        self.report = report
+        self.vocabulary = vocabulary
+        self.n_txt = n_txt
+        self.max_pixels = max_pixels
+        self.progress = progress
+        self.done = 0
+        self.keys: set[bytes] = set()
+        self.pictures: set[bytes] = set()
+
+    def sample(self, key: str, read: Callable[[], RawSample]) -> None:
+        faults = Counter(self.report.counts)
+        if _seen(self.keys, key.encode("utf-8", "replace")):
+            self.report.add(key, "duplicate_key", "an earlier sample has the same key")
+        try:
+            sample = read()
+            self._captions(key, sample)
+            if _seen(self.pictures, sample.image):
+                self.report.add(key, "duplicate_image", "an earlier picture has the same bytes")
+            decode_image(sample.image, resolution=(8, 8), max_pixels=self.max_pixels)
+        except BadSampleError as error:
+            self.report.add(key, error.reason, error.message)
+        new = set((Counter(self.report.counts) - faults).keys())
+        self.report.good += not new - {"duplicate_key", "duplicate_image"}
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done)
+
+    def _captions(self, key: str, sample: RawSample) -> None:
+        for text, _ in sample.captions:
+            count = len(self.vocabulary.ids(text) if self.vocabulary is not None else split_words(text))
+            self.report.longest_caption = max(self.report.longest_caption, count)
+            if self.n_txt is not None and count > self.n_txt:
+                unit = "tokens" if self.vocabulary is not None else "words"
+                self.report.add(key, "text_too_long", f"{count} {unit}; the limit is {self.n_txt}")
+                return
+
+
+def _seen(known: set[bytes], data: bytes) -> bool:
+    digest = hashlib.blake2b(data, digest_size=8).digest()
+    if digest in known:
+        return True
+    known.add(digest)
+    return False
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _pieces(stream)
+
+
+def _pieces(stream: Any) -> str:  # python 3.10
+    digest = hashlib.sha256()
+    while piece := stream.read(1 << 20):
+        digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,380 @@
+"""The reader: a rank's micro-batches, decoded, tokenised and with every draw that training needs.
+
+What a sample looks like (caption, crop, flip, dropout, time, noise) is a function of (seed, epoch, sample), and which
+samples come when is the plan's; ranks, workers and the step of a resume change neither. A bad sample keeps its slot
+with weight 0, so ranks never have to agree on what to skip.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from longskip.engine.data.decode import MAX_PIXELS, decode_image
+from longskip.engine.data.draws import generator
+from longskip.engine.data.plan import Cursor, Plan
+from longskip.engine.data.sources import Captions, Source
+from longskip.engine.data.tokens import Vocabulary
+from longskip.errors import BadSampleError, ConfigError, DataError, LongskipError
+
+Coordinates = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass
+class MicroBatch:
+    """m samples of one rank in one micro-step.
+
+    ``dropped`` marks captions that dropout replaced by the empty one; ``time_normal`` is a standard normal draw that
+    the objective maps to a time; ``weight`` is 1, or 0 for a bad sample, whose pixels are 0 and tokens padding.
+    ``bad`` lists the bad ones as ``{"key", "sample", "reason", "detail"}``.
+    """
+
+    pixels: torch.Tensor  # (m, 3, H, W) float32 in [-1, 1]
+    tokens: torch.Tensor  # (m, n_txt) int64
+    dropped: torch.Tensor  # (m,) bool
+    time_normal: torch.Tensor  # (m,) float32
+    noise: torch.Tensor  # (m, *latent_shape) float32, standard normal
+    weight: torch.Tensor  # (m,) float32
+    samples: torch.Tensor  # (m,) int64
+    epochs: torch.Tensor  # (m,) int64
+    keys: tuple[str, ...]
+    bad: list[dict[str, Any]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> MicroBatch:
+        """The same micro-batch with its tensors on ``device``."""
+        moved: dict[str, Any] = {
+            item.name: value.to(device, non_blocking=non_blocking)
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), torch.Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Assembler:
+    """Coordinates → ``MicroBatch``, a pure function of its fields and the source's bytes; what workers run.
+
+    ``resolution`` and ``latent_shape`` are (H, W) and (C, H, W); ``crop`` is ``"centre"`` or ``"random"``; ``flip``
+    mirrors half of the samples. A caption past ``n_txt`` tokens makes a bad sample (``text_too_long``) when
+    ``too_long`` is ``"error"``, and is cut when it is ``"truncate"``. Raises ``ConfigError`` for impossible settings.
+    """
+
+    source: Source
+    vocabulary: Vocabulary
+    resolution: tuple[int, int]
+    n_txt: int
+    seed: int = 0
+    caption_dropout: float = 0.0
+    flip: bool = False
+    crop: Literal["centre", "random"] = "centre"
+    too_long: Literal["error", "truncate"] = "error"
+    latent_shape: tuple[int, int, int] | None = None
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        if len(self.resolution) != 2 or min(self.resolution) < 1:
+            raise ConfigError(f"resolution {self.resolution}; it is (H, W) in pixels, each 1 or more")
+        if self.n_txt < 1:
+            raise ConfigError(f"n_txt {self.n_txt}; at least one text token is needed")
+        if not 0.0 <= self.caption_dropout <= 1.0:
+            raise ConfigError(f"caption_dropout {self.caption_dropout}; it is a share from 0 to 1")
+        if self.crop not in ("centre", "random"):
+            raise ConfigError(f"crop {self.crop!r}; it is 'centre' or 'random'")
+        if self.too_long not in ("error", "truncate"):
+            raise ConfigError(f"too_long {self.too_long!r}; it is 'error' or 'truncate'")
+
+    def assemble(self, epochs: Sequence[int] | np.ndarray, samples: Sequence[int] | np.ndarray) -> MicroBatch:
+        """The micro-batch of (epoch, sample) pairs. Raises ``ShardError`` where the source stops at damage."""
+        count = len(samples)
+        height, width = self.resolution
+        bytes_ = np.zeros((count, height, width, 3), dtype=np.uint8)
+        tokens = np.zeros((count, self.n_txt), dtype=np.int64)
+        dropped = np.zeros(count, dtype=bool)
+        times = np.empty(count, dtype=np.float32)
+        noise = np.empty((count, *(self.latent_shape or (3, height, width))), dtype=np.float32)
+        weight = np.ones(count, dtype=np.float32)
+        keys: list[str] = []
+        bad: list[dict[str, Any]] = []
+        pairs = zip(np.asarray(epochs).tolist(), np.asarray(samples).tolist(), strict=True)
+        for i, (epoch, sample) in enumerate(pairs):
+            generator(self.seed, epoch, sample, "noise").standard_normal(out=noise[i], dtype=np.float32)
+            times[i] = generator(self.seed, epoch, sample, "time").standard_normal()
+            try:
+                key, bytes_[i], tokens[i], dropped[i] = self._one(epoch, sample)
+            except BadSampleError as error:
+                key = self.source.key(sample)
+                weight[i] = 0.0
+                bad.append({"key": key, "sample": sample, "reason": error.reason, "detail": str(error)})
+            keys.append(key)
+        pixels = np.empty((count, 3, height, width), dtype=np.float32)
+        np.multiply(bytes_.transpose(0, 3, 1, 2), np.float32(1 / 127.5), out=pixels)
+        pixels -= np.float32(1.0)
+        pixels[weight == 0.0] = 0.0
+        return MicroBatch(
+            pixels=torch.from_numpy(pixels),
+            tokens=torch.from_numpy(tokens),
+            dropped=torch.from_numpy(dropped),
+            time_normal=torch.from_numpy(times),
+            noise=torch.from_numpy(noise),
+            weight=torch.from_numpy(weight),
+            samples=torch.tensor(np.asarray(samples), dtype=torch.int64),
+            epochs=torch.tensor(np.asarray(epochs), dtype=torch.int64),
+            keys=tuple(keys),
+            bad=bad,
+        )
+
+    def _one(self, epoch: int, sample: int) -> tuple[str, np.ndarray, np.ndarray, bool]:
+        raw = self.source.read(sample)
+        # The caption is encoded even where dropout takes it, so that a bad one is bad in every epoch.
+        text = self._caption(raw.captions, epoch, sample)
+        tokens = self.vocabulary.encode(text, self.n_txt, truncate=self.too_long == "truncate")
+        dropped = False
+        if self.caption_dropout > 0.0:
+            dropped = bool(generator(self.seed, epoch, sample, "dropout").random() < self.caption_dropout)
+            if dropped:
+                tokens = self.vocabulary.encode("", self.n_txt)
+        flip = self.flip and bool(generator(self.seed, epoch, sample, "flip").random() < 0.5)
+        crop = None
+        if self.crop == "random":
+            y, x = generator(self.seed, epoch, sample, "crop").random(2).tolist()
+            crop = (y, x)
+        picture = decode_image(raw.image, resolution=self.resolution, max_pixels=self.max_pixels, flip=flip, crop=crop)
+        return raw.key, picture, tokens, dropped
+
+    def _caption(self, captions: Captions, epoch: int, sample: int) -> str:
+        if len(captions) == 1:
+            return captions[0][0]
+        at = generator(self.seed, epoch, sample, "caption").random() * math.fsum(weight for _, weight in captions)
+        for text, weight in captions:
+            at -= weight
+            if at < 0:
+                return text
+        return captions[-1][0]
+
+
+class Reader:
+    """An endless iterator over global steps; each item is the list of this rank's ``accumulation`` micro-batches.
+
+    ``cursor`` is where to begin, and at any time where the step after the last one handed out begins: what a checkpoint
+    saves. ``workers`` = 0 assembles in a thread of this process, otherwise in that many processes (``start_method``:
+    ``spawn``, or ``forkserver``, which starts faster but dies with its server when a whole process group is signalled);
+    the order never depends on them. ``data_wait_seconds`` adds up the time that the consumer waited.
+
+    Raises ``ConfigError`` for contradicting settings, ``DataError`` where plan and source do not fit or a worker died,
+    and what the source raises when it stops at damage. Use as a context manager, or call ``close``.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        plan: Plan,
+        vocabulary: Vocabulary,
+        *,
+        resolution: tuple[int, int],
+        n_txt: int,
+        micro: int,
+        rank: int = 0,
+        world: int = 1,
+        accumulation: int = 1,
+        seed: int = 0,
+        caption_dropout: float = 0.0,
+        flip: bool = False,
+        crop: Literal["centre", "random"] = "centre",
+        workers: int = 0,
+        cursor: Cursor | None = None,
+        too_long: Literal["error", "truncate"] = "error",
+        latent_shape: tuple[int, int, int] | None = None,
+        max_pixels: int = MAX_PIXELS,
+        prefetch: int = 2,
+        start_method: Literal["spawn", "forkserver"] = "spawn",
+    ) -> None:
+        if len(source) != plan.n_samples:
+            raise DataError(f"the plan is for {plan.n_samples} samples, the source holds {len(source)}")
+        if workers < 0 or prefetch < 1:
+            raise ConfigError(f"workers {workers} must be 0 or more, prefetch {prefetch} 1 or more")
+        cursor = cursor or plan.cursor()
+        if cursor.n_samples not in (0, plan.n_samples):
+            raise DataError(
+                f"the cursor is of data with {cursor.n_samples} samples, the source holds {plan.n_samples}",
+                cure="resume with the data of the run, or start a new run",
+            )
+        self.plan = plan
+        self.rank, self.world, self.micro, self.accumulation = rank, world, micro, accumulation
+        self.workers = workers
+        self.prefetch = prefetch
+        self.start_method = start_method
+        self.cursor = replace(cursor, n_samples=plan.n_samples)
+        self.data_wait_seconds = 0.0
+        self.assembler = Assembler(
+            source=source,
+            vocabulary=vocabulary,
+            resolution=(resolution[0], resolution[1]),
+            n_txt=n_txt,
+            seed=seed,
+            caption_dropout=caption_dropout,
+            flip=flip,
+            crop=crop,
+            too_long=too_long,
+            latent_shape=latent_shape,
+            max_pixels=max_pixels,
+        )
+        plan.slots(self.cursor, rank, world, micro, accumulation)  # refuses sizes that do not fit, before any work
+        self._stream: _Threaded | _Processes | None = None
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        return self
+
+    def __next__(self) -> list[MicroBatch]:
+        started = time.perf_counter()
+        if self._stream is None:
+            walk = _Walk(self.plan, self.cursor, self.rank, self.world, self.micro, self.accumulation)
+            if self.workers:
+                self._stream = _Processes(self.assembler, walk, self.workers, self.prefetch, self.start_method)
+            else:
+                self._stream = _Threaded(self.assembler, walk, self.prefetch * self.accumulation)
+        try:
+            batches = [self._stream.take() for _ in range(self.accumulation)]
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self.data_wait_seconds += time.perf_counter() - started
+        self.cursor = self.cursor.advance(self.plan.batch)
+        return batches
+
+    def seek(self, cursor: Cursor) -> None:
+        """Goes on at ``cursor``; what was prepared ahead is thrown away."""
+        self.close()
+        self.cursor = replace(cursor, n_samples=self.plan.n_samples)
+
+    def close(self) -> None:
+        """Ends the thread or the workers; iterating again starts them anew at ``cursor``."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Walk(Sampler[Coordinates]):
+    """The endless coordinates of one rank's micro-batches from a cursor on."""
+
+    def __init__(self, plan: Plan, cursor: Cursor, rank: int, world: int, micro: int, accumulation: int) -> None:
+        self.plan = plan
+        self.cursor = cursor
+        self.split = (rank, world, micro, accumulation)
+
+    def __iter__(self) -> Iterator[Coordinates]:
+        cursor = self.cursor
+        while True:
+            yield from self.plan.slots(cursor, *self.split)
+            cursor = cursor.advance(self.plan.batch)
+
+
+class _Threaded:
+    """Assembles ahead in one daemon thread; the queue holds a few micro-batches."""
+
+    def __init__(self, assembler: Assembler, walk: _Walk, depth: int) -> None:
+        self._queue: queue.Queue[MicroBatch | BaseException] = queue.Queue(maxsize=depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(assembler, walk), name="longskip-reader", daemon=True)
+        self._thread.start()
+
+    def _run(self, assembler: Assembler, walk: _Walk) -> None:
+        try:
+            for epochs, samples in walk:
+                if not self._put(assembler.assemble(epochs, samples)):
+                    return
+        except BaseException as error:  # handed to the consumer, who raises it
+            self._put(error)
+
+    def _put(self, item: MicroBatch | BaseException) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def take(self) -> MicroBatch:
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+class _Assembled(Dataset[Any]):
+    """The assembler as a data set indexed by coordinates."""
+
+    def __init__(self, assembler: Assembler) -> None:
+        self.assembler = assembler
+
+    def __getitem__(self, at: Coordinates) -> MicroBatch | LongskipError:
+        try:
+            return self.assembler.assemble(*at)
+        except LongskipError as error:  # returned, not raised: torch would rebuild it from its traceback's text
+            return error
+
+
+def _start_worker(_: int) -> None:
+    # A rank that is told to stop still needs its next batches to reach the step's border; it ends its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class _Processes:
+    """Assembles in torch's data loader; batches come back in the order of the walk."""
+
+    def __init__(self, assembler: Assembler, walk: _Walk, workers: int, prefetch: int, start_method: str) -> None:
+        loader = DataLoader(
+            _Assembled(assembler),
+            sampler=walk,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=max(prefetch, -(-prefetch * walk.split[3] // workers)),
+            persistent_workers=True,
+            multiprocessing_context=start_method,
+            worker_init_fn=_start_worker,
+        )
+        self._iterator: Any = iter(loader)
+
+    def take(self) -> MicroBatch:
+        try:
+            item = next(self._iterator)
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error):
+                raise
+            raise DataError(
+                f"a data worker died: {error}",
+                cure="look for the out-of-memory killer, lower the number of workers, or read with workers: 0",
+            ) from error
+        if isinstance(item, LongskipError):
+            raise item
+        return item
+
+    def close(self) -> None:
+        iterator, self._iterator = self._iterator, None
+        if iterator is not None:
+            iterator._shutdown_workers()  # deleting it does the same, but a traceback may hold it for longer

@@ -1,0 +1,460 @@
+"""Where samples come from: indexed shards, or a plain folder of pictures and texts.
+
+A source numbers its samples from 0 and reads any of them at random. It holds paths, not handles, until it is read, so
+it can be sent to worker processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import threading
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from longskip.engine.data.index import (
+    IMAGE_EXTENSIONS,
+    INDEX_NAME,
+    Index,
+    ShardEntry,
+    checked_key,
+    load_index,
+    load_table,
+    refuse_url,
+)
+from longskip.errors import BadSampleError, DataError, ShardError
+
+METADATA_NAME = "metadata.jsonl"
+MAX_TEXT_BYTES = 1 << 20
+MAX_IMAGE_BYTES = 1 << 28
+MAX_WEIGHT = 1e9
+OPEN_SHARDS = 64
+
+Captions = tuple[tuple[str, float], ...]
+
+
+class RawSample(NamedTuple):
+    """One sample as stored: its key, the picture's encoded bytes, and (text, weight) pairs, at least one."""
+
+    key: str
+    image: bytes
+    captions: Captions
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What a reader needs of data. ``read`` raises ``BadSampleError`` for a sample that cannot be used."""
+
+    def __len__(self) -> int: ...
+
+    def key(self, i: int) -> str:
+        """The key of sample ``i``, without reading the sample."""
+        ...
+
+    def read(self, i: int) -> RawSample:
+        """Sample ``i``; 0 ≤ i < len(source)."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A stable hash of the data's identity: the same wherever they lie, another one when they change."""
+        ...
+
+
+def captions_of(text: bytes | None, extra: bytes | None) -> Captions:
+    """Captions from a ``.txt`` and a ``.json`` member: the JSON's ``captions`` list, else the text, else ``caption``.
+
+    Raises ``BadSampleError`` with the reasons ``text_too_large``, ``caption_encoding``, ``caption_json`` and
+    ``caption_missing`` (no member, or nothing but blanks).
+    """
+    for name, data in (("txt", text), ("json", extra)):
+        if data is not None and len(data) > MAX_TEXT_BYTES:
+            raise BadSampleError("text_too_large", f"the {name} has {len(data)} bytes; the limit is {MAX_TEXT_BYTES}")
+    record = _json_record(extra) if extra is not None else {}
+    if "captions" in record:
+        return weighted_captions(record["captions"])
+    if text is not None:
+        try:
+            words = text.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise BadSampleError("caption_encoding", f"the text is not UTF-8: {error}") from error
+        if words:
+            return ((words, 1.0),)
+    if isinstance(record.get("caption"), str) and record["caption"].strip():
+        return ((_encodable(record["caption"].strip()), 1.0),)
+    raise BadSampleError("caption_missing", "the sample has no caption")
+
+
+def _encodable(text: str) -> str:
+    """``text`` itself. JSON can spell half of a surrogate pair, which is no text and cannot be written anywhere."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadSampleError("caption_encoding", f"the caption is not Unicode text: {error}") from error
+    return text
+
+
+def _json_record(data: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadSampleError("caption_encoding", f"the JSON is not UTF-8: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadSampleError("caption_json", f"the JSON cannot be read: {error}") from error
+    if not isinstance(record, dict):
+        raise BadSampleError("caption_json", f"the JSON holds a {type(record).__name__}, not an object")
+    return record
+
+
+def weighted_captions(items: Any) -> Captions:
+    """``[{"text", "weight"?}, …]`` as pairs; weights from 0 to 1e9, one above 0. Raises ``BadSampleError``."""
+    if not isinstance(items, list):
+        raise BadSampleError("caption_json", f"'captions' is a {type(items).__name__}, not a list")
+    out = []
+    for item in items:
+        record = item if isinstance(item, dict) else {}
+        text, weight = record.get("text"), record.get("weight", 1.0)
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not isinstance(text, str) or not number or not 0 <= weight <= MAX_WEIGHT:  # NaN fails this too
+            raise BadSampleError("caption_json", f"the caption {str(item)[:80]!r} is not {{text, 0 <= weight <= 1e9}}")
+        if weight and (words := _encodable(text.strip())):
+            out.append((words, float(weight)))
+    if not out:
+        raise BadSampleError("caption_missing", "no caption with a text and a weight above 0")
+    return tuple(out)
+
+
+class _Kept(OrderedDict[int, Any]):
+    """The few shards last used; closes what it lets go."""
+
+    def take(self, shard: int) -> Any:
+        value = self.get(shard)
+        if value is not None:
+            self.move_to_end(shard)
+        return value
+
+    def __del__(self) -> None:
+        self.close()
+
+    def keep(self, shard: int, value: tuple[int, np.ndarray, tuple[str, ...]]) -> None:
+        self[shard] = value
+        if len(self) > OPEN_SHARDS:
+            os.close(self.popitem(last=False)[1][0])
+
+    def close(self) -> None:
+        while self:
+            os.close(self.popitem()[1][0])
+
+
+class ShardSource:
+    """Samples of indexed shards, read at their offsets with ``pread``; members' crc32 are checked on every read.
+
+    ``on_damage``: a member whose bytes differ from the index stops the run with ``ShardError`` (``"stop"``), or makes
+    the sample a bad one with the reason ``shard_crc`` (``"skip"``). Threads may share a source.
+    """
+
+    def __init__(
+        self, index: Index | str | os.PathLike[str], *, on_damage: Literal["stop", "skip"] = "stop", check: bool = True
+    ) -> None:
+        if on_damage not in ("stop", "skip"):
+            raise DataError(f"on_damage {on_damage!r}; it is 'stop' or 'skip'")
+        self.index = index if isinstance(index, Index) else load_index(index, check=check)
+        self.on_damage = on_damage
+        self._ends = np.cumsum([shard.count for shard in self.index.shards], dtype=np.int64)
+        self._kept = _Kept()
+        self._lock = threading.Lock()  # a shard must not be closed by one thread while another reads it
+        if not self.index.total:
+            raise DataError(f"{self.index.folder} holds no samples", cure="pack some: longskip data pack FOLDER OUT")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_kept", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _kept=_Kept(), _lock=threading.Lock())
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def close(self) -> None:
+        """Closes the open shards; reading opens them again."""
+        with self._lock:
+            self._kept.close()
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the index's content (files, counts, sizes, hashes)."""
+        return self.index.fingerprint()
+
+    def _locate(self, i: int) -> tuple[int, int]:
+        if not 0 <= i < self._ends[-1]:
+            raise DataError(f"sample {i}; the source holds {len(self)}")
+        shard = int(np.searchsorted(self._ends, i, side="right"))
+        return shard, i - int(self._ends[shard]) + self.index.shards[shard].count
+
+    def _open(self, shard: int) -> tuple[int, np.ndarray, tuple[str, ...]]:
+        kept = self._kept.take(shard)
+        if kept is None:
+            entry = self.index.shards[shard]
+            table = load_table(self.index.folder, entry)
+            try:
+                descriptor = os.open(self.index.folder / entry.file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            except OSError as error:
+                raise ShardError(
+                    f"{self.index.folder / entry.file} cannot be opened: {error.strerror}; "
+                    f"the index expects {entry.bytes} bytes",
+                    cure=f"restore it, or longskip data index {self.index.folder}",
+                ) from error
+            kept = (descriptor, table, table.dtype.names or ())
+            self._kept.keep(shard, kept)
+        return kept
+
+    def _row(self, i: int) -> tuple[int, int, dict[str, Any]]:
+        shard, row = self._locate(i)
+        descriptor, table, names = self._open(shard)
+        return shard, descriptor, dict(zip(names, table[row].item(), strict=True))
+
+    def key(self, i: int) -> str:
+        """The key of sample ``i``, from the table."""
+        with self._lock:
+            return self._row(i)[2]["key"].decode("utf-8", "replace")
+
+    def size(self, i: int) -> tuple[int, int]:
+        """(height, width) of the stored picture in pixels; (0, 0) where its header could not be read."""
+        with self._lock:
+            row = self._row(i)[2]
+        return row["height"], row["width"]
+
+    def read(self, i: int) -> RawSample:
+        """Sample ``i``.
+
+        Raises ``BadSampleError`` with ``image_missing``, ``image_too_large``, captions' reasons or ``shard_crc``, and
+        ``ShardError`` where a shard cannot be read.
+        """
+        with self._lock:
+            shard, descriptor, row = self._row(i)
+            entry = self.index.shards[shard]
+            key = row["key"].decode("utf-8", "replace")
+            image = self._member(entry, descriptor, row, "image", MAX_IMAGE_BYTES)
+            if image is None:
+                raise BadSampleError("image_missing", f"{entry.file} has no picture for {key}")
+            text = self._member(entry, descriptor, row, "txt", MAX_TEXT_BYTES)
+            extra = self._member(entry, descriptor, row, "json", MAX_TEXT_BYTES)
+        return RawSample(key, image, captions_of(text, extra))
+
+    def member(self, i: int, kind: str) -> bytes | None:
+        """The bytes of a member (``latent.npy``, …) of sample ``i``, checked; None where the sample lacks it."""
+        with self._lock:
+            shard, descriptor, row = self._row(i)
+            return self._member(self.index.shards[shard], descriptor, row, kind, MAX_IMAGE_BYTES)
+
+    def _member(self, entry: ShardEntry, descriptor: int, row: dict[str, Any], kind: str, limit: int) -> bytes | None:
+        size = row.get(f"{kind}_size", -1)
+        if size < 0:
+            return None
+        if size > limit:
+            reason = "image_too_large" if kind == "image" else "text_too_large"
+            raise BadSampleError(reason, f"the {kind} has {size} bytes; the limit is {limit}")
+        offset = row[f"{kind}_offset"]
+        try:
+            data = os.pread(descriptor, size, offset)
+        except OSError as error:
+            found = f"cannot be read: {error.strerror}"
+        else:
+            if len(data) == size and zlib.crc32(data) == row[f"{kind}_crc32"]:
+                return data
+            found = f"has the crc32 {zlib.crc32(data):08x} over {len(data)} bytes"
+        key = row["key"].decode("utf-8", "replace")
+        message = (
+            f"{entry.file}: the {kind} of {key} ({size} bytes at byte {offset}) {found}, "
+            f"expected {row[f'{kind}_crc32']:08x}"
+        )
+        if self.on_damage == "skip":
+            raise BadSampleError("shard_crc", message)
+        raise ShardError(
+            message,
+            cure=f"see what is damaged: longskip data lint {self.index.folder}; then restore the shard, "
+            "or let damaged samples be skipped",
+        )
+
+
+@dataclass(frozen=True)
+class FolderEntry:
+    """A picture of a folder: key, file relative to the folder, and captions where metadata.jsonl has them."""
+
+    key: str
+    file: str
+    captions: Captions | None
+
+
+def scan_folder(folder: Path) -> tuple[list[FolderEntry], list[tuple[str, str, str]]]:
+    """The pictures of a folder, sorted by key, and [(name, reason, detail)] of what cannot be taken.
+
+    With a ``metadata.jsonl`` its lines are the list (``file_name`` and ``text`` or ``captions``); otherwise every
+    ``name.jpg|jpeg|png|webp`` below the folder is taken, its caption lying in ``name.txt`` (or ``name.json``).
+    """
+    metadata = folder / METADATA_NAME
+    entries, problems = _scan_metadata(metadata) if metadata.exists() else _scan_files(folder)
+    unique: dict[str, FolderEntry] = {}
+    for entry in sorted(entries, key=lambda entry: (entry.key, entry.file)):
+        if entry.key in unique:
+            problems.append((entry.file, "duplicate", f"{unique[entry.key].file} has the same name"))
+        else:
+            unique[entry.key] = entry
+    return list(unique.values()), problems
+
+
+def _scan_files(folder: Path) -> tuple[list[FolderEntry], list[tuple[str, str, str]]]:
+    entries: list[FolderEntry] = []
+    problems: list[tuple[str, str, str]] = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in files:
+            stem, dot, extension = name.rpartition(".")
+            if not dot or not stem or extension.lower() not in IMAGE_EXTENSIONS or name.startswith("."):
+                continue
+            file = (Path(parent) / name).relative_to(folder).as_posix()
+            try:
+                entries.append(FolderEntry(checked_key(file.rpartition(".")[0]), file, None))
+            except ShardError as error:
+                problems.append((repr(file), "hostile_name", error.message))
+    return entries, problems
+
+
+def _scan_metadata(path: Path) -> tuple[list[FolderEntry], list[tuple[str, str, str]]]:
+    entries: list[FolderEntry] = []
+    problems: list[tuple[str, str, str]] = []
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            where = f"{path.name}:{number}"
+            try:
+                if len(line) > MAX_TEXT_BYTES:
+                    raise BadSampleError("text_too_large", f"the line has {len(line)} bytes")
+                record = _json_record(line)
+                file = record.get("file_name")
+                if not isinstance(file, str):
+                    raise BadSampleError("caption_json", "the line has no 'file_name'")
+                key = checked_key(PurePosixPath(file).as_posix()).rpartition(".")[0]
+                if PurePosixPath(file).suffix.lower()[1:] not in IMAGE_EXTENSIONS:
+                    raise BadSampleError("image_format", f"{file!r} is not one of {', '.join(IMAGE_EXTENSIONS)}")
+                text = record.get("text")
+                captions = weighted_captions(record.get("captions", [{"text": "" if text is None else text}]))
+                entries.append(FolderEntry(key, PurePosixPath(file).as_posix(), captions))
+            except BadSampleError as error:
+                problems.append((where, error.reason, error.message))
+            except ShardError as error:
+                problems.append((where, "hostile_name", error.message))
+    return entries, problems
+
+
+def read_entry(folder: Path, entry: FolderEntry) -> RawSample:
+    """The sample of a scanned picture. Raises ``BadSampleError`` as ``FolderSource.read`` does."""
+    image = _file_bytes(folder / entry.file, MAX_IMAGE_BYTES)
+    if image is None:
+        raise BadSampleError("image_missing", f"{entry.file} is not there")
+    if len(image) > MAX_IMAGE_BYTES:
+        raise BadSampleError("image_too_large", f"{entry.file} has more than {MAX_IMAGE_BYTES} bytes")
+    captions = entry.captions
+    if captions is None:
+        stem = folder / entry.file.rpartition(".")[0]
+        text, extra = (_file_bytes(Path(f"{stem}.{end}"), MAX_TEXT_BYTES) for end in ("txt", "json"))
+        captions = captions_of(text, extra)
+    return RawSample(entry.key, image, captions)
+
+
+def _file_bytes(path: Path, limit: int) -> bytes | None:
+    """The file's bytes, at most one past the limit, so that a huge file is noticed and not read."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a fifo would block for ever
+            raise BadSampleError("file_unreadable", f"{path.name} is not a plain file")
+        with path.open("rb") as stream:
+            return stream.read(limit + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise BadSampleError("file_unreadable", f"{path.name}: {error.strerror}") from error
+
+
+class FolderSource:
+    """A plain folder of pictures and texts, sorted by name; trains with no conversion.
+
+    Raises ``DataError`` where the folder holds no picture, or names two pictures alike.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = refuse_url(folder)
+        if not self.folder.is_dir():
+            raise DataError(f"{self.folder} is not a folder")
+        self.entries, self.problems = scan_folder(self.folder)
+        if self.problems:
+            name, reason, detail = self.problems[0]
+            raise DataError(
+                f"{self.folder}: {len(self.problems)} entries cannot be used, the first is {name} ({reason}: {detail})",
+                cure="correct or remove them, or pack the rest: longskip data pack FOLDER OUT",
+            )
+        if not self.entries:
+            raise DataError(
+                f"{self.folder} holds no pictures ({', '.join('.' + name for name in IMAGE_EXTENSIONS)})",
+                cure=f"put name.jpg and name.txt side by side, or write {METADATA_NAME} with file_name and text",
+            )
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def _entry(self, i: int) -> FolderEntry:
+        if not 0 <= i < len(self.entries):
+            raise DataError(f"sample {i}; the source holds {len(self)}")
+        return self.entries[i]
+
+    def key(self, i: int) -> str:
+        """The picture's name without its extension, relative to the folder."""
+        return self._entry(i).key
+
+    def read(self, i: int) -> RawSample:
+        """Sample ``i``. Raises ``BadSampleError`` with ``image_missing``, ``image_too_large`` or captions' reasons."""
+        return read_entry(self.folder, self._entry(i))
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names and sizes of pictures and texts, and the captions of ``metadata.jsonl``."""
+        digest = hashlib.sha256()
+        for entry in self.entries:
+            stem = entry.file.rpartition(".")[0]
+            beside = () if entry.captions is not None else (stem + ".txt", stem + ".json")
+            sizes = [self._size(file) for file in (entry.file, *beside)]
+            digest.update(json.dumps([entry.file, sizes, entry.captions]).encode() + b"\n")
+        return digest.hexdigest()
+
+    def _size(self, file: str) -> int:
+        try:
+            return (self.folder / file).stat().st_size
+        except OSError:
+            return -1
+
+
+def open_source(path: str | os.PathLike[str], *, on_damage: Literal["stop", "skip"] = "stop") -> Source:
+    """The source at a path: a folder with ``index.json`` (or that file), or a plain folder of pictures.
+
+    Raises ``ShardError`` for URLs and for a folder of tars without an index (the cure names the command), ``DataError``
+    for a path that is not there and for empty data.
+    """
+    folder = refuse_url(path)
+    if folder.name == INDEX_NAME and folder.is_file():
+        folder = folder.parent
+    if not folder.exists():
+        raise DataError(f"{folder} does not exist", cure="give a folder of shards or of pictures with texts")
+    if folder.is_file():
+        raise DataError(f"{folder} is a file", cure="give the folder that holds it")
+    if (folder / INDEX_NAME).exists():
+        return ShardSource(folder, on_damage=on_damage)
+    tars = sorted(folder.glob("*.tar"))
+    if tars:
+        raise ShardError(
+            f"{folder} holds {len(tars)} tars and no {INDEX_NAME}", cure=f"index them: longskip data index {folder}"
+        )
+    return FolderSource(folder)

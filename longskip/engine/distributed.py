@@ -1,0 +1,135 @@
+"""Joining the world that the environment names (RANK, WORLD_SIZE: deepspeed, torchrun, srun), or being one rank."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from longskip.engine.ports import free_port
+from longskip.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def world_from_environment() -> tuple[int, int, int]:
+    """(rank, size, local rank); raises ConfigError when the variables contradict each other."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    try:
+        rank, size, local = (int(os.environ.get(n, d)) for n, d in zip(names, ("0", "1", "0"), strict=True))
+    except ValueError:
+        raise ConfigError(f"{names} must be whole numbers, got {[os.environ.get(n) for n in names]}") from None
+    if not 0 <= rank < size:
+        raise ConfigError(f"RANK {rank} is not below WORLD_SIZE {size}", cure="start ranks with longskip launch")
+    return rank, size, local
+
+
+def join(timeout_minutes: int = 30) -> World:
+    """Start the process group (NCCL on CUDA, gloo on CPU) through DeepSpeed and return this process's place."""
+    rank, size, local = world_from_environment()
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local))
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        if size > 1:
+            raise ConfigError("WORLD_SIZE > 1 without MASTER_PORT", cure="start ranks with longskip launch")
+        os.environ["MASTER_PORT"] = str(free_port())
+    if os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost"):
+        # Ranks of one machine speak over loopback; nothing of theirs is reachable from outside.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    deepspeed = import_deepspeed()
+    if not torch.distributed.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+            verbose=False,
+        )
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local)
+        device = torch.device("cuda", local)
+    return World(rank=rank, size=size, local_rank=local, device=device)
+
+
+def import_deepspeed():  # type: ignore[no-untyped-def]
+    """DeepSpeed, quiet, and without the shared-memory op that it would compile for minutes on a CPU."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\..*")
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\.(_all_gather_base|_reduce_scatter_base).*")
+    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    for handler in logger.handlers:
+        handler.setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    return deepspeed
+
+
+def leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def barrier() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:
+    """Element-wise sum over ranks in float64 (as lists: a handful of control figures a step)."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        tensor = torch.tensor(values, dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(tensor)
+        return [float(v) for v in tensor.tolist()]
+    return values
+
+
+def broadcast_object(value: object) -> object:
+    """Rank 0's value on every rank, as JSON text (never a pickle)."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return value
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+    length = torch.tensor([data.numel()], dtype=torch.int64, device=device)
+    torch.distributed.broadcast(length, 0)
+    if torch.distributed.get_rank() != 0:
+        data = torch.empty(int(length), dtype=torch.uint8, device=device)
+    torch.distributed.broadcast(data, 0)
+    return json.loads(bytes(data.tolist()).decode())
+
+
+def gather_objects(value: object) -> list[object]:
+    """Every rank's value on every rank, in rank order, as JSON text (never a pickle)."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return [value]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+    size = torch.distributed.get_world_size()
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(size)]
+    torch.distributed.all_gather(lengths, torch.tensor([data.numel()], dtype=torch.int64, device=device))
+    longest = max(int(n) for n in lengths)
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: data.numel()] = data
+    parts = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in range(size)]
+    torch.distributed.all_gather(parts, padded)
+    return [json.loads(bytes(part[: int(n)].tolist()).decode()) for part, n in zip(parts, lengths, strict=True)]
+

@@ -1,0 +1,116 @@
+"""What a run says of itself while it trains: metrics.jsonl, TensorBoard, a bar on a terminal and plain lines elsewhere.
+
+Only rank 0 writes. Names are torchtitan's (``loss/global_avg``, ``time/data_loading(%)``, ``mfu(%)``).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from longskip.engine.runs import append_json
+from longskip.profiling.meter import Interval
+
+
+def format_eta(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Metrics:
+    """Writer of a run's metrics; on other ranks than 0 every call does nothing."""
+
+    def __init__(self, run: Path, *, main: bool, attempt: int, steps: int, start: int, tensorboard: bool) -> None:
+        self.run, self.main, self.attempt, self.steps = run, main, attempt, steps
+        self._board: Any = None
+        self._bar: Any = None
+        self._log: TextIO | None = None
+        if not main:
+            return
+        (run / "logs").mkdir(parents=True, exist_ok=True)
+        self._log = open(run / "logs" / "rank-0.log", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run / "events"), purge_step=start + 1)
+        if sys.stderr.isatty():
+            self._bar = _bar(run.name, steps, start)
+
+    def say(self, text: str) -> None:
+        """A line for people: to the run's log and, where there is no bar, to standard output."""
+        if not self.main:
+            return
+        assert self._log is not None
+        self._log.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, flush=True)
+
+    def interval(self, ended: Interval, values: dict[str, float], eta: float | None) -> None:
+        """One logging interval: rates from the meter, ``values`` (loss, lr, norm) from the loop."""
+        if not self.main:
+            return
+        line = {
+            "loss/global_avg": values["loss"],
+            "lr": values["lr"],
+            "grad_norm": values["grad_norm"],
+            "images_per_second": ended.images_per_second,
+            "tokens_per_second": ended.tokens_per_second,
+            "flops_per_second": ended.flops_per_second,
+            "time/data_loading(%)": 100 * ended.data_wait_share,
+        }
+        if ended.mfu is not None and ended.hfu is not None:
+            line |= {"mfu(%)": 100 * ended.mfu, "hfu(%)": 100 * ended.hfu}
+        self.record(ended.step, line | {"images": values["images"], "bad_samples": values["bad"]})
+        mfu = f"  mfu {100 * ended.mfu:.1f}%" if ended.mfu is not None else ""
+        text = (
+            f"step {ended.step}/{self.steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
+            f"norm {values['grad_norm']:.3f}  {ended.images_per_second:.0f} images/s  "
+            f"{ended.tokens_per_second:.0f} tokens/s  data {100 * ended.data_wait_share:.0f}%{mfu}  eta {format_eta(eta)}"
+        )
+        if self._bar is not None:
+            self._log and self._log.write(text + "\n")
+            self._bar.update(self._bar.task_ids[0], completed=ended.step, info=text.split("  ", 1)[1])
+        else:
+            self.say(text)
+
+    def record(self, step: int, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, and every number of it to TensorBoard."""
+        if not self.main:
+            return
+        append_json(self.run / "metrics.jsonl", {"step": step, "attempt": self.attempt, "time": time.time()} | values)
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if self._board is not None:
+            self._board.close()
+        if self._log is not None:
+            self._log.close()
+
+
+def _bar(name: str, steps: int, start: int) -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    bar = Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[info]}"),
+        console=Console(stderr=True),
+        refresh_per_second=4,
+    )
+    bar.add_task(name, total=steps, completed=start, info="")
+    bar.start()
+    return bar

@@ -1,0 +1,172 @@
+"""What a run looks at while it trains: the loss on fixed pictures, noise and times, and pictures of fixed prompts.
+
+Both compute with the EMA weights through whatever engine trains, all ranks in step, and touch no state of the training.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from longskip.engine.config import Config
+from longskip.engine.data.draws import generator
+from longskip.engine.data.reader import Assembler
+from longskip.engine.data.sources import Source, open_source
+from longskip.engine.data.tokens import Vocabulary
+from longskip.engine.diffusion import Flow
+from longskip.engine.distributed import World, all_reduce_sum, barrier
+from longskip.engine.drawing import Drawing, draw, repeats_of
+from longskip.engine.grids import make_grid
+from longskip.engine.runs import write_atomic
+from longskip.engine.shards import Shards
+from longskip.errors import BadSampleError, DataError
+
+Model = Callable[..., torch.Tensor]
+DEFAULT_PROMPTS = 16
+
+
+def fixed_times(samples: np.ndarray, bins: int, seed: int) -> np.ndarray:
+    """Time of each validation sample: bin i mod ``bins`` of (0, 1), at a place in the bin drawn once for ever."""
+    within = np.array([generator(seed, 0, int(i), "validation-time").random() for i in samples])
+    return ((samples % bins + within) / bins).astype(np.float32)
+
+
+class Validation:
+    """Validation of one configuration; samples and prompts are shared out over the ranks."""
+
+    def __init__(self, config: Config, world: World, vocabulary: Vocabulary, training: Source) -> None:
+        self.config, self.world, self.vocabulary = config, world, vocabulary
+        self.source = open_source(config.data.validation) if config.data.validation else None
+        self.spec = config.backbone()
+        self.prompts = list(config.logging.prompts) or _first_captions(self.source or training)
+        for prompt in self.prompts:  # a prompt that is too long is refused before the first step
+            vocabulary.encode(prompt, config.encoders.text.n_tokens, truncate=self._truncate)
+
+    @property
+    def _truncate(self) -> bool:
+        return self.config.encoders.text.too_long == "truncate"
+
+    def loss(self, engine: Any, shards: Shards, flow: Flow) -> dict[str, Any] | None:
+        """``validation/loss`` and per time bin with the EMA weights; None without validation data."""
+        if self.source is None:
+            return None
+        engine.eval()
+        try:
+            with torch.no_grad(), shards.weights("ema"):
+                return self.loss_of(engine, flow)
+        finally:
+            engine.train()
+
+    def loss_of(self, model: Model, flow: Flow) -> dict[str, Any]:
+        """The same for any model on this rank's device; ranks share the samples and add up."""
+        if self.source is None:
+            raise DataError("this run names no validation data", cure="set data.validation")
+        config, text = self.config, self.config.encoders.text
+        bins, seed = config.eval.time_bins, config.train.seed
+        assembler = Assembler(
+            self.source,
+            self.vocabulary,
+            config.resolution,
+            text.n_tokens,
+            seed=seed,
+            too_long=text.too_long,
+        )
+        count = min(config.eval.samples, len(self.source))
+        micro = max(1, min(64, -(-count // self.world.size)))
+        sums, weights = [0.0] * bins, [0.0] * bins
+        # Every rank makes the same number of forward passes (stage 3 gathers in them); slots past the end weigh nothing.
+        for start in range(0, count, micro * self.world.size):
+            slots = np.arange(micro) + start + self.world.rank * micro
+            samples = np.minimum(slots, count - 1)
+            batch = assembler.assemble(np.zeros_like(samples), samples).to(self.world.device)
+            times = fixed_times(samples, bins, seed)
+            time = torch.from_numpy(times).to(self.world.device)
+            weight = batch.weight * torch.from_numpy(slots < count).to(self.world.device)
+            noised = flow.noised(batch.pixels, batch.noise, time)
+            prediction = model(noised, time, batch.tokens if text.kind != "none" else None)
+            losses = flow.loss(prediction, batch.pixels, batch.noise, time, weight)
+            for sample, value, w in zip(samples.tolist(), losses.tolist(), weight.tolist(), strict=True):
+                sums[sample % bins] += value
+                weights[sample % bins] += w
+        totals = all_reduce_sum(sums + weights, self.world.device)
+        sums, weights = totals[:bins], totals[bins:]
+        per_bin = [s / w if w else None for s, w in zip(sums, weights, strict=True)]
+        return {
+            "validation/loss": sum(sums) / max(sum(weights), 1.0),
+            "validation/loss_bins": per_bin,
+            "validation/bin_edges": [i / bins for i in range(bins + 1)],
+            "validation/samples": round(sum(weights)),
+        }
+
+    def samples(self, engine: Any, shards: Shards, flow: Flow, run: Path, step: int) -> Path | None:
+        """Draw the run's prompts with the EMA weights into ``samples/step-N/``; returns the folder."""
+        config, world = self.config, self.world
+        if not self.prompts:
+            return None
+        how = Drawing("euler", config.logging.sample_steps, config.logging.guidance, config.train.seed)
+        repeats = repeats_of(self.prompts)
+        share = -(-len(self.prompts) // world.size)
+        slots = [min(world.rank * share + i, len(self.prompts) - 1) for i in range(share)]
+        height, width = self.spec.latent_size
+        engine.eval()
+        try:
+            with shards.weights("ema"):
+                mine = draw(
+                    engine,
+                    flow,
+                    self.vocabulary,
+                    [self.prompts[i] for i in slots],
+                    [repeats[i] for i in slots],
+                    how,
+                    n_txt=self.spec.n_txt,
+                    shape=(self.spec.channels, height, width),
+                    device=world.device,
+                    truncate=self._truncate,
+                )
+        finally:
+            engine.train()
+        folder = run / "samples" / f"step-{step:08d}"
+        pictures = _gather_pictures(mine, world)[: len(self.prompts)]
+        if world.is_main:
+            write_pictures(folder, pictures, self.prompts, how, weights="ema")
+        barrier()
+        return folder
+
+
+def write_pictures(folder: Path, pictures: np.ndarray, prompts: list[str], how: Drawing, *, weights: str) -> None:
+    """``000.png`` …, ``grid.png`` and ``prompts.json`` in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [f"{i:03d}.png" for i in range(len(prompts))]
+    for name, picture in zip(files, pictures, strict=True):
+        Image.fromarray(picture).save(folder / name)
+    columns = min(8, len(prompts))
+    make_grid(list(pictures), prompts, columns=columns, scale=max(1, 96 // pictures.shape[2])).save(folder / "grid.png")
+    record = {"prompts": prompts, "files": files, "weights": weights} | how.to_json()
+    write_atomic(folder / "prompts.json", json.dumps(record, ensure_ascii=False, indent=1))
+
+
+def _gather_pictures(mine: np.ndarray, world: World) -> np.ndarray:
+    if world.size == 1:
+        return mine
+    tensor = torch.from_numpy(np.ascontiguousarray(mine)).to(world.device)
+    parts = [torch.empty_like(tensor) for _ in range(world.size)]
+    torch.distributed.all_gather(parts, tensor)
+    return np.concatenate([part.cpu().numpy() for part in parts])
+
+
+def _first_captions(source: Source) -> list[str]:
+    captions: list[str] = []
+    for i in range(min(len(source), 4 * DEFAULT_PROMPTS)):
+        try:
+            captions.append(source.read(i).captions[0][0])
+        except BadSampleError:
+            continue
+        if len(captions) == DEFAULT_PROMPTS:
+            break
+    return captions

@@ -1,0 +1,94 @@
+"""Typed errors that every room may use. Each message names the value, the limit and the cure.
+
+Exit codes of the command line: 0 done, 1 failed, 2 usage or configuration, 75 saved on a signal (start again).
+"""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_SAVED = 75
+
+
+class LongskipError(Exception):
+    """Base of everything longskip raises on purpose; shown without a traceback by the command line.
+
+    ``cure`` says what the user can do; it is appended to the message.
+    """
+
+    exit_code = EXIT_FAILED
+
+    def __init__(self, message: str, *, cure: str | None = None) -> None:
+        self.message = message
+        self.cure = cure
+        super().__init__(f"{message}\n  cure: {cure}" if cure else message)
+
+
+class ConfigError(LongskipError):
+    """A configuration that cannot be run: unknown key, wrong type, contradiction."""
+
+    exit_code = EXIT_USAGE
+
+
+class SpecError(ConfigError):
+    """A model shape that cannot be built (heads that do not divide the width, patch that does not divide the latents)."""
+
+
+class RunMismatchError(ConfigError):
+    """A run folder that was made with another configuration."""
+
+
+class KernelArgumentError(LongskipError, ValueError):
+    """A kernel argument of the wrong dtype, device, shape or value."""
+
+
+class BackendError(LongskipError):
+    """A required kernel backend that is not usable here, or a derivative that a backend does not provide."""
+
+
+class ConditioningError(LongskipError, ValueError):
+    """A condition that the model's spec does not declare, or a declared one that is missing or misshaped."""
+
+
+class DataError(LongskipError):
+    """Data that cannot be used: empty, too small, of the wrong kind."""
+
+
+class ShardError(DataError):
+    """A shard that is missing, truncated, altered or not indexed."""
+
+
+class BadSampleError(DataError):
+    """One sample that cannot be used; ``reason`` is the counter's name (``image_decode``, ``caption_missing``, ...)."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        self.reason = reason
+        super().__init__(message)
+
+
+class TextTooLongError(BadSampleError):
+    """A caption or prompt with more tokens than the encoder takes."""
+
+    def __init__(self, message: str, *, cure: str | None = None) -> None:
+        super().__init__("text_too_long", f"{message}\n  cure: {cure}" if cure else message)
+
+
+class CheckpointError(LongskipError):
+    """A checkpoint that is missing, incomplete, altered or of another model."""
+
+
+class DiskFullError(CheckpointError):
+    """Not enough space to write a checkpoint; training may go on, the earlier checkpoint is intact."""
+
+
+class RunFolderError(ConfigError):
+    """A path or name that is no run folder, or a run folder with a file that cannot be read."""
+
+
+class RunLockedError(LongskipError):
+    """A second job on a run folder that another one owns."""
+
+
+class NonFiniteLossError(LongskipError):
+    """The loss became NaN or infinite; the optimizer step was not taken."""

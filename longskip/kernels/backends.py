@@ -1,0 +1,245 @@
+"""Which implementation serves an op: registration, configuration, resolution.
+
+A backend is a function with the op's signature, registered under (op, backend name) by the op's file. The public
+function asks ``resolve(op, device)`` in plain Python, outside any op, and calls what comes back: nothing of the choice
+is seen by autograd, ``vmap`` or a compiled graph. Settings are ``auto``, ``reference``, ``torch``, ``triton`` or
+``require:NAME`` (any registered name), given for ``all`` ops, for one of the eight families (a file of this room) or
+for one function. A setting that cannot be served raises BackendError: nothing falls back silently.
+
+The state is the process's, not the thread's. A context manager around a forward does not reach a recomputation that
+activation checkpointing runs later, in the backward: put both inside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from longskip.errors import BackendError
+from longskip.kernels.formulas import FORMULAS, OpCost
+
+logger = logging.getLogger(__name__)
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "attention": ("attention",),
+    "norm": ("layer_norm", "rms_norm"),
+    "adaln": ("adaln", "gated_adaln", "gated_residual"),
+    "mlp": ("mlp", "swiglu"),
+    "skip_linear": ("skip_linear",),
+    "rotary": ("qk_norm_rotary",),
+    "loss": ("diffusion_loss",),
+    "adamw": ("adamw",),
+}
+_FAMILY_OF = {op: family for family, ops in FAMILIES.items() for op in ops}
+_NAMES = ("auto", "reference", "torch", "triton")
+
+# What `auto` tries, best first, per device type; "torch" serves everywhere until another backend was measured faster.
+_AUTO_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("torch",)}
+_AUTO_DEFAULT = ("torch",)
+
+
+@dataclass(frozen=True)
+class _Backend:
+    function: Callable[..., Any]
+    unusable: Callable[[torch.device], str | None] | None
+
+    def why_not(self, device: torch.device) -> str | None:
+        return self.unusable(device) if self.unusable is not None else None
+
+
+_REGISTRY: dict[str, dict[str, _Backend]] = {op: {} for op in _FAMILY_OF}
+_SHAPES: dict[str, Callable[..., dict[str, int]]] = {}
+_SETTINGS: dict[str, str] = dict.fromkeys(_FAMILY_OF, "auto")
+_RESOLVED: dict[tuple[str, str], Callable[..., Any]] = {}
+
+
+def register(
+    op: str, backend: str, *, unusable: Callable[[torch.device], str | None] | None = None
+) -> Callable[[Function], Function]:
+    """Decorator: the function serves ``op`` as ``backend``.
+
+    ``unusable(device)`` returns the reason why the backend cannot run there, or None when it can.
+    """
+    _known_op(op)
+
+    def keep(function: Function) -> Function:
+        _REGISTRY[op][backend] = _Backend(function, unusable)
+        _RESOLVED.clear()
+        return function
+
+    return keep
+
+
+def register_formula(op: str, shapes: Callable[..., dict[str, int]]) -> None:
+    """Tie an op to its formula: ``shapes`` takes the public function's arguments and returns the formula's integers."""
+    _known_op(op)
+    _SHAPES[op] = shapes
+
+
+def op_cost(op: str, *args: Any, direction: Literal["forward", "backward"] = "forward", **kwargs: Any) -> OpCost:
+    """Cost of one call of the public function ``op`` with these (possibly meta) tensors, by its formula.
+
+    Raises BackendError for an unknown op or for the backward of an op that has none (``adamw``).
+    """
+    _load(op)
+    formula = FORMULAS[op]
+    count = formula.forward if direction == "forward" else formula.backward
+    if count is None:
+        raise BackendError(f"op {op!r} has no {direction} formula", cure="count its forward")
+    return count(**_SHAPES[op](*args, **kwargs))
+
+
+def resolve(op: str, device: torch.device) -> Callable[..., Any]:
+    """The function that serves ``op`` on ``device`` under the present settings.
+
+    Raises BackendError when the setting names a backend that is not registered or not usable there.
+    """
+    if torch.compiler.is_compiling():
+        # Traced: the graph's guards then hang on the settings, and not on what earlier calls left in the cache.
+        return _REGISTRY[op][_choose(op, device)[0]].function
+    function = _RESOLVED.get((op, device.type))
+    if function is None:
+        name, reason = _choose(op, device)
+        function = _RESOLVED[(op, device.type)] = _REGISTRY[op][name].function
+        logger.debug("%s on %s: %s (%s)", op, device.type, name, reason)
+    return function
+
+
+def configure(settings: Mapping[str, str]) -> None:
+    """Replace the settings: ``{"all": ..., family: ..., function: ...}``; the narrower key wins, the rest is ``auto``.
+
+    ``require:NAME`` is refused here when an op it covers has no backend NAME at all; plain names when the op is used.
+    Raises BackendError for an unknown op or an unknown setting; the earlier settings then stay.
+    """
+    chosen = dict.fromkeys(_FAMILY_OF, "auto")
+    for key in sorted(settings, key=_breadth):
+        chosen.update(dict.fromkeys(_covered(key), _known_setting(settings[key])))
+    for op, setting in chosen.items():
+        _check_required(op, setting)
+    _replace(chosen)
+
+
+@contextlib.contextmanager
+def use(backend: str, ops: str | Iterable[str] | None = None) -> Iterator[None]:
+    """Context manager (and decorator): inside, ``ops`` (None: all) are served by ``backend``, a setting as above."""
+    keys = ("all",) if ops is None else (ops,) if isinstance(ops, str) else tuple(ops)
+    setting = _known_setting(backend)
+    before = dict(_SETTINGS)
+    chosen = {**before, **{op: setting for key in keys for op in _covered(key)}}
+    for op in chosen:
+        if chosen[op] != before[op]:
+            _check_required(op, chosen[op])
+    _replace(chosen)
+    try:
+        yield
+    finally:
+        _replace(before)
+
+
+def choices(device: torch.device | str | None = None) -> dict[str, tuple[str, str]]:
+    """``{op: (backend, reason)}`` for every op on ``device`` (None: the GPU where there is one, else the CPU).
+
+    Raises BackendError when a setting cannot be served there.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {op: _choose(op, torch.device(device)) for op in _FAMILY_OF}
+
+
+def available(op: str, device: torch.device) -> dict[str, str | None]:
+    """``{backend: None, or why it cannot run on the device}`` for one op."""
+    _load(op)
+    return {name: backend.why_not(device) for name, backend in _REGISTRY[op].items()}
+
+
+def _choose(op: str, device: torch.device) -> tuple[str, str]:
+    _known_op(op)
+    setting = _SETTINGS[op]
+    state = available(op, device)
+    if setting == "auto":
+        for name in _AUTO_ORDER.get(device.type, _AUTO_DEFAULT):
+            if name in state and state[name] is None:
+                return name, f"auto: the default on {device.type}"
+        raise BackendError(f"op {op!r} has no backend for {device.type}; {_listing(state)}")
+    name = setting.removeprefix("require:")
+    why_not = state.get(name, "it is not registered")
+    if why_not is not None:
+        usable = [known for known, reason in state.items() if reason is None]
+        raise BackendError(
+            f"backend {name!r} cannot serve op {op!r} on {device.type}: {why_not}; {_listing(state)}",
+            cure=f"set kernels.backend to auto or to one of {', '.join(usable)}",
+        )
+    return name, "required" if setting.startswith("require:") else "configured"
+
+
+def _listing(state: Mapping[str, str | None]) -> str:
+    return "available: " + ", ".join(name if reason is None else f"{name} ({reason})" for name, reason in state.items())
+
+
+def _load(op: str) -> None:
+    """Import the op's file, which registers its backends and its formula."""
+    _known_op(op)
+    if op not in _SHAPES:  # the file's last registration
+        importlib.import_module(f"longskip.kernels.{_FAMILY_OF[op]}")
+
+
+def _known_op(op: str) -> None:
+    if op not in _FAMILY_OF:
+        raise BackendError(f"unknown op {op!r}; known: {', '.join(_FAMILY_OF)}", cure=_nearest(op, _FAMILY_OF))
+
+
+def _covered(key: str) -> tuple[str, ...]:
+    """The functions that a settings key speaks of; a family's name means the whole family."""
+    if key == "all":
+        return tuple(_FAMILY_OF)
+    if key in FAMILIES:
+        return FAMILIES[key]
+    if key in _FAMILY_OF:
+        return (key,)
+    known = ("all", *FAMILIES, *_FAMILY_OF)
+    raise BackendError(
+        f"kernels.backend names the op {key!r}; known: {', '.join(dict.fromkeys(known))}", cure=_nearest(key, known)
+    )
+
+
+def _breadth(key: str) -> int:
+    return -len(_covered(key))
+
+
+def _known_setting(setting: str) -> str:
+    if setting in _NAMES or (setting.startswith("require:") and len(setting) > len("require:")):
+        return setting
+    raise BackendError(
+        f"kernels.backend is {setting!r}; allowed: {', '.join(_NAMES)}, require:NAME",
+        cure=_nearest(setting, _NAMES) or f"write require:{setting} to demand a backend by that name",
+    )
+
+
+def _check_required(op: str, setting: str) -> None:
+    if setting.startswith("require:"):
+        _load(op)
+        name = setting.removeprefix("require:")
+        if name not in _REGISTRY[op]:
+            raise BackendError(
+                f"op {op!r} has no backend {name!r}; registered: {', '.join(_REGISTRY[op])}",
+                cure=_nearest(name, _REGISTRY[op]) or "name a registered backend, or auto",
+            )
+
+
+def _nearest(name: str, known: Iterable[str]) -> str | None:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else None
+
+
+def _replace(settings: Mapping[str, str]) -> None:
+    _SETTINGS.update(settings)
+    _RESOLVED.clear()

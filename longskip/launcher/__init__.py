@@ -1,0 +1,1 @@
+"""The command line, launching of ranks, the demo and the doctor."""

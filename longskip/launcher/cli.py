@@ -1,0 +1,201 @@
+"""``longskip``: the command line. Everything heavy is imported inside the commands, so that help answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from longskip import __version__
+from longskip.errors import EXIT_USAGE, LongskipError
+from longskip.launcher.cli_config import app as config_app
+from longskip.launcher.cli_data import app as data_app
+
+app = typer.Typer(
+    name="longskip",
+    help="Train text-to-image U-ViT diffusion transformers, from a laptop to a cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(data_app, name="data")
+app.add_typer(config_app, name="config")
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name under runs/")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object, for machines")]
+CheckpointOption = Annotated[str | None, typer.Option(help="step-00001000 or 1000; the newest by default")]
+WeightsOption = Annotated[str, typer.Option(help="ema or raw")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"longskip {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="the run's YAML")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="dotted overrides")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would run, and stop")] = False,
+) -> None:
+    """Train, or go on training: the same command resumes from the newest complete checkpoint.
+
+    Joins the world that RANK and WORLD_SIZE name (deepspeed, torchrun, srun) and is one rank otherwise.
+    Exit codes: 0 done, 1 failed, 2 configuration, 75 saved on a signal (start again).
+    """
+    from longskip.engine.configio import load_config
+    from longskip.engine.runs import RUNS
+
+    resolved = load_config(config, overrides or ())
+    run = RUNS / (resolved.train.name or config.stem)
+    if dry_run:
+        from longskip.launcher.dry_run import show
+
+        show(resolved, run)
+        return
+    resolved.batch(int(os.environ.get("WORLD_SIZE", "1")))  # refused before torch is loaded or a rank waits
+    from longskip.engine.trainer import train as run_training
+
+    raise typer.Exit(run_training(resolved, run))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def launch(
+    context: typer.Context,
+    local: Annotated[int, typer.Option("--local", metavar="N", help="ranks on this machine")] = 2,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the launcher's command, and stop")] = False,
+) -> None:
+    """Start ranks through the deepspeed launcher: longskip launch --local 2 -- train CONFIG."""
+    from longskip.launcher.local import launch as launch_ranks
+
+    raise typer.Exit(launch_ranks(local, context.args, dry_run=dry_run))
+
+
+@app.command()
+def sample(
+    run: RunArgument,
+    prompt: Annotated[list[str] | None, typer.Option(help="a prompt; give it as often as you like")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="a file with one prompt a line")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="sampler steps")] = 25,
+    guidance: Annotated[float, typer.Option(min=0, help="classifier-free guidance; 1 is none")] = 3.0,
+    sampler: Annotated[str, typer.Option(help="euler or heun")] = "euler",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    weights: WeightsOption = "ema",
+    checkpoint: CheckpointOption = None,
+    out: Annotated[Path | None, typer.Option(help="folder for the pictures; RUN/drawn by default")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw pictures from prompts: one process, no DeepSpeed; the same prompt and seed give the same picture."""
+    from longskip.launcher.drawing import draw_to_folder
+
+    draw_to_folder(
+        run, prompt or [], prompts, steps=steps, guidance=guidance, sampler=sampler, seed=seed, weights=weights,
+        which=checkpoint, out=out, as_json=as_json,
+    )  # fmt: skip
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    checkpoint: CheckpointOption = None,
+    weights: WeightsOption = "ema",
+    steps: Annotated[int | None, typer.Option(min=1, help="sampler steps; the configuration's by default")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="the configuration's by default")] = None,
+    sampler: Annotated[str | None, typer.Option(help="euler or heun; the configuration's by default")] = None,
+    count: Annotated[int | None, typer.Option(min=2, help="pictures to judge; the configuration's by default")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Score a checkpoint: loss per time bin and the judge's verdict on drawn pictures, in RUN/eval/step-N.json."""
+    from longskip.engine.evaluate import evaluate as run_evaluation
+    from longskip.engine.runs import find_run
+    from longskip.launcher.tables import print_evaluation
+
+    result = run_evaluation(
+        find_run(run), which=checkpoint, weights=weights, steps=steps, guidance=guidance, sampler=sampler,
+        count=count, seed=seed,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print_evaluation(result)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="runs to show, overlaid where there are several")],
+    out: Annotated[Path | None, typer.Option(help="the HTML file; RUN/report.html by default")] = None,
+) -> None:
+    """One self-contained HTML page: curves, throughput, ledger, samples over time, judge's scores, configuration."""
+    from longskip.engine.runs import find_run
+    from longskip.profiling.report import render_report
+
+    print(render_report([find_run(run) for run in runs], out))
+
+
+@app.command()
+def demo(
+    minutes: Annotated[float | None, typer.Option(help="stop training after about so many minutes")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="ranks to train with")] = 2,
+) -> None:
+    """See it learn: drawn shapes, a small U-ViT, ZeRO-3 on 2 ranks, samples, judge and report in a few minutes."""
+    from longskip.launcher.demo import run_demo
+
+    raise typer.Exit(run_demo(ranks=ranks, minutes=minutes))
+
+
+@app.command()
+def presets(as_json: JsonOption = False) -> None:
+    """The model sizes: shape, exact parameters, exact forward GMACs (attention counted)."""
+    from longskip.launcher.tables import preset_rows, print_presets
+
+    if as_json:
+        print(json.dumps(preset_rows()))
+    else:
+        print_presets()
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """What this machine has: packages, versions, devices, backends; usable, or why not."""
+    from longskip.launcher.doctor import examine, print_examination
+
+    findings = examine()
+    if as_json:
+        print(json.dumps(findings))
+    else:
+        print_examination(findings)
+    raise typer.Exit(0 if all(f["usable"] or not f["required"] for f in findings) else 1)
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Entry point: user errors are one message and an exit code, never a traceback."""
+    try:
+        app(arguments, standalone_mode=True)
+    except LongskipError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"longskip: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone; that is no failure of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_USAGE)
+
+
+if __name__ == "__main__":
+    main()

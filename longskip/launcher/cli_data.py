@@ -1,0 +1,108 @@
+"""``longskip data``: make, pack, index, lint and show sets of captioned pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longskip.errors import ConfigError
+from longskip.launcher.progress import counting
+
+app = typer.Typer(help="Make, pack, index, check and look at sets of captioned pictures.", no_args_is_help=True)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object, for machines")]
+PathArgument = Annotated[Path, typer.Argument(metavar="DATA", help="a folder of shards, or of pictures with captions")]
+
+
+@app.command()
+def make(
+    kind: Annotated[str, typer.Argument(metavar="shapes|emoji")],
+    out: Annotated[Path, typer.Option(help="the folder for the shards")] = Path("data/shapes"),
+    count: Annotated[int, typer.Option(min=1, help="pictures (shapes)")] = 20_000,
+    seed: Annotated[int, typer.Option(min=0, help="the set is a function of it (shapes)")] = 0,
+    objects: Annotated[str, typer.Option(help="1, 2 or mixed (shapes)")] = "1",
+    held_out: Annotated[bool, typer.Option("--held-out", help="only the combinations kept from training")] = False,
+    size: Annotated[int, typer.Option(min=16, help="pixels")] = 32,
+    font: Annotated[Path | None, typer.Option(help="the colour-emoji font (emoji)")] = None,
+) -> None:
+    """Draw a set: shapes with true captions, or the system's colour-emoji font with Unicode names."""
+    if kind == "shapes":
+        from longskip.engine.data.shapes import write_shapes
+
+        if objects not in ("1", "2", "mixed"):
+            raise ConfigError(f"--objects {objects!r}", cure="one of 1, 2, mixed")
+        how = "mixed" if objects == "mixed" else int(objects)
+        with counting("drawing", count) as progress:
+            index = write_shapes(out, count, seed, how, held_out, size, progress=progress)  # type: ignore[arg-type]
+    elif kind == "emoji":
+        from longskip.engine.data.emoji import write_emoji
+
+        with counting("drawing", None) as progress:
+            index = write_emoji(out, size, font, progress=progress)
+    else:
+        raise ConfigError(f"data make knows no {kind!r}", cure="one of shapes, emoji")
+    print(f"{index.total:,} samples in {len(index.shards)} shard(s) at {out}")
+
+
+@app.command()
+def pack(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="pictures + .txt beside, or metadata.jsonl")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="a new folder for the shards")],
+    per_shard: Annotated[int, typer.Option(min=1, help="samples a shard")] = 10_000,
+    as_json: JsonOption = False,
+) -> None:
+    """Pack a folder of captioned pictures into webdataset shards with an index."""
+    from longskip.engine.data.pack import pack_folder
+
+    with counting("packing", None) as progress:
+        done = pack_folder(folder, out, per_shard=per_shard, progress=progress)
+    if as_json:
+        print(json.dumps({"packed": done.packed, "shards": done.shards, "bad": done.bad}))
+        return
+    print(f"{done.packed:,} samples in {done.shards} shard(s) at {out}")
+    for name, reason, detail in done.bad:
+        print(f"  left out {name}: {reason} ({detail})")
+
+
+@app.command()
+def index(
+    shards: Annotated[Path, typer.Argument(metavar="SHARDS", help="a folder of .tar shards made elsewhere")],
+) -> None:
+    """Index shards made elsewhere (img2dataset, webdataset): counts, offsets, hashes, picture sizes."""
+    from longskip.engine.data.index import build_index
+
+    made = build_index(shards)
+    print(f"{made.total:,} samples in {len(made.shards)} shard(s) at {made.folder}: indexed")
+
+
+@app.command()
+def lint(path: PathArgument, as_json: JsonOption = False) -> None:
+    """Read everything once: hashes, pictures, captions; exit code 1 when something is bad."""
+    from longskip.engine.data.lint import lint as check
+
+    with counting("reading", None) as progress:
+        found = check(path, progress=progress)
+    if as_json:
+        print(json.dumps(found.to_json()))
+    else:
+        print(found)
+    raise typer.Exit(0 if found.clean else 1)
+
+
+@app.command()
+def show(
+    path: PathArgument,
+    out: Annotated[Path, typer.Option(help="the PNG")] = Path("contact-sheet.png"),
+    count: Annotated[int, typer.Option(min=1, help="pictures")] = 48,
+    columns: Annotated[int, typer.Option(min=1)] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="which ones")] = 0,
+) -> None:
+    """A contact sheet: pictures with their captions underneath, as one PNG."""
+    from longskip.engine.data.show import contact_sheet
+    from longskip.engine.data.sources import open_source
+
+    contact_sheet(open_source(path), out, n=count, columns=columns, seed=seed)
+    print(out)

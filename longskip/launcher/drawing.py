@@ -1,0 +1,46 @@
+"""``longskip sample``: prompts to a folder of pictures with a grid."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from longskip.engine.drawing import Drawing
+from longskip.engine.runs import find_run
+from longskip.engine.sample import check_prompts, draw_prompts, load_run, read_prompts
+from longskip.engine.validation import write_pictures
+from longskip.errors import ConfigError
+from longskip.launcher.progress import counting
+
+
+def draw_to_folder(
+    run: str,
+    prompts: list[str],
+    file: Path | None,
+    *,
+    steps: int,
+    guidance: float,
+    sampler: str,
+    seed: int,
+    weights: str,
+    which: str | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Draw every prompt into ``out`` (RUN/drawn by default) and print where; LongskipError for what cannot be drawn."""
+    if sampler not in ("euler", "heun"):
+        raise ConfigError(f"--sampler {sampler!r}", cure="one of euler, heun")
+    path = find_run(run)
+    asked = [*prompts, *(read_prompts(file) if file else [])]
+    loaded = load_run(path, which=which, weights=weights)
+    check_prompts(loaded, asked)
+    how = Drawing(sampler, steps, guidance, seed)  # type: ignore[arg-type]
+    with counting("drawing", len(asked)) as progress:
+        pictures = draw_prompts(loaded, asked, how, progress=progress)
+    folder = out or path / "drawn"
+    write_pictures(folder, pictures, asked, how, weights=weights)
+    if as_json:
+        files = [str(folder / f"{i:03d}.png") for i in range(len(asked))]
+        print(json.dumps({"files": files, "checkpoint": loaded.checkpoint.name, "weights": weights} | how.to_json()))
+    else:
+        print(f"{len(asked)} picture(s) from {loaded.checkpoint.name} ({weights} weights): {folder / 'grid.png'}")

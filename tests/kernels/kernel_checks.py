@@ -1,0 +1,187 @@
+"""What the kernel tests share: every op with inputs at odd sizes, and the rule by which numbers are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longskip import kernels
+
+FLOAT64 = torch.float64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op: named float64 inputs (those to differentiate by), fixed inputs, keywords."""
+
+    op: str
+    label: str
+    inputs: dict[str, tuple[int, ...]]
+    fixed: dict[str, Tensor] = field(default_factory=dict)
+    keywords: dict[str, Any] = field(default_factory=dict)
+    wide: tuple[str, ...] = ()  # inputs that stay float32 whatever the dtype under test
+
+    @property
+    def id(self) -> str:
+        return f"{self.op}-{self.label}"
+
+    def values(self, seed: int = 0) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return {name: torch.randn(shape, generator=generator, dtype=FLOAT64) for name, shape in self.inputs.items()}
+
+    def cast(self, values: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        narrow = {name: torch.float32 if name in self.wide and dtype != FLOAT64 else dtype for name in values}
+        return {name: value.to(narrow[name]) for name, value in values.items()}
+
+    def call(self, values: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        result = PUBLIC[self.op](**values, **self.fixed, **self.keywords)
+        return result if isinstance(result, tuple) else (result,)
+
+
+PUBLIC: dict[str, Callable[..., Any]] = {
+    name: getattr(kernels, name)
+    for name in (
+        "attention",
+        "layer_norm",
+        "rms_norm",
+        "adaln",
+        "gated_adaln",
+        "gated_residual",
+        "mlp",
+        "swiglu",
+        "skip_linear",
+        "qk_norm_rotary",
+        "diffusion_loss",
+    )
+}
+
+
+def _angles(tokens: int, half: int) -> dict[str, Tensor]:
+    angle = torch.outer(torch.arange(tokens, dtype=FLOAT64), 0.7 ** torch.arange(half, dtype=FLOAT64))
+    return {"cos": angle.cos(), "sin": angle.sin()}
+
+
+def _some(*shape: int, p: float = 0.6) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(5)) < p
+
+
+def _mask(batch: int, keys: int) -> Tensor:
+    mask = _some(batch, keys)
+    mask[0] = False  # a sample with no key at all
+    return mask
+
+
+def _mlp(rows: tuple[int, ...], h: int, m: int, out: int) -> dict[str, tuple[int, ...]]:
+    return {"x": (*rows, h), "w1": (m, h), "b1": (m,), "w2": (out, m), "b2": (out,)}
+
+
+def _flow(batch: int, *shape: int) -> tuple[dict[str, tuple[int, ...]], dict[str, Tensor]]:
+    inputs = {name: (batch, *shape) for name in ("prediction", "clean", "noise")}
+    generator = torch.Generator().manual_seed(3)
+    fixed = {"time": torch.rand(batch, generator=generator), "weight": torch.rand(batch, generator=generator)}
+    return inputs, fixed
+
+
+CASES: list[Case] = [
+    Case("attention", "packed", {"q": (2, 13, 3, 3, 7)}),
+    Case("attention", "packed-masked", {"q": (3, 17, 3, 2, 5)}, {"key_mask": _mask(3, 17)}),
+    Case("attention", "cross", {"q": (2, 5, 3, 8), "k": (2, 11, 3, 8), "v": (2, 11, 3, 8)}, {}, {"scale": 0.2}),
+    Case(
+        "attention",
+        "cross-masked",
+        {"q": (3, 1, 1, 1), "k": (3, 7, 1, 1), "v": (3, 7, 1, 1)},
+        {"key_mask": _mask(3, 7)},
+    ),
+    Case("attention", "one", {"q": (1, 1, 3, 1, 1)}),
+    Case("attention", "334-tokens", {"q": (1, 334, 3, 1, 64)}),
+    Case("layer_norm", "affine", {"x": (3, 5, 37), "weight": (37,), "bias": (37,)}),
+    Case("layer_norm", "weight-only", {"x": (7, 129), "weight": (129,)}),
+    Case("layer_norm", "bias-only", {"x": (7, 31), "bias": (31,)}, {}, {"eps": 1e-3}),
+    Case("layer_norm", "residual", {"x": (3, 5, 63), "weight": (63,), "bias": (63,), "residual": (3, 5, 63)}),
+    Case("layer_norm", "wide-affine", {"x": (3, 41), "weight": (41,), "bias": (41,)}, wide=("weight", "bias")),
+    Case("layer_norm", "plain", {"x": (11, 2)}),
+    Case("rms_norm", "weight", {"x": (3, 5, 37), "weight": (37,)}),
+    Case("rms_norm", "wide-weight", {"x": (3, 41), "weight": (41,)}, wide=("weight",)),
+    Case("rms_norm", "residual", {"x": (2, 3, 129), "weight": (129,), "residual": (2, 3, 129)}),
+    Case("rms_norm", "one", {"x": (5, 1)}),
+    Case("adaln", "odd", {"x": (3, 7, 37), "shift": (3, 37), "scale": (3, 37)}),
+    Case("adaln", "one-token", {"x": (2, 1, 65), "shift": (2, 65), "scale": (2, 65)}, {}, {"eps": 1e-5}),
+    Case(
+        "gated_adaln",
+        "odd",
+        {"x": (3, 7, 31), "y": (3, 7, 31), "gate": (3, 31), "shift": (3, 31), "scale": (3, 31)},
+    ),
+    Case("gated_residual", "odd", {"x": (3, 7, 31), "y": (3, 7, 31), "gate": (3, 31)}),
+    Case("mlp", "erf", _mlp((3, 5), 13, 53, 11)),
+    Case("mlp", "tanh", _mlp((3, 5), 13, 53, 13), {}, {"activation": "gelu_tanh"}),
+    Case("mlp", "one", _mlp((1,), 1, 1, 1)),
+    Case("mlp", "no-bias", {"x": (7, 13), "w1": (17, 13), "w2": (3, 17)}, {}, {"b1": None, "b2": None}),
+    Case("swiglu", "odd", {"x": (3, 5, 13), "w_gate": (29, 13), "w_up": (29, 13), "w_down": (7, 29)}),
+    Case("skip_linear", "odd", {"x": (3, 7, 13), "skip": (3, 7, 13), "weight": (13, 26), "bias": (13,)}),
+    Case("skip_linear", "no-bias", {"x": (5, 1), "skip": (5, 1), "weight": (3, 2)}),
+    Case("qk_norm_rotary", "rms", {"q": (2, 7, 3, 10), "k": (2, 7, 3, 10)}, _angles(7, 5)),
+    Case(
+        "qk_norm_rotary",
+        "layer-weights",
+        {"q": (2, 5, 2, 6), "k": (2, 5, 1, 6), "q_weight": (6,), "k_weight": (6,)},
+        _angles(5, 3),
+        {"norm": "layer"},
+    ),
+    Case("qk_norm_rotary", "rotation-only", {"q": (3, 5, 1, 2), "k": (3, 5, 1, 2)}, _angles(5, 1), {"norm": None}),
+    Case(
+        "qk_norm_rotary",
+        "norm-only",
+        {"q": (1, 3, 2, 7), "k": (1, 5, 2, 7), "q_weight": (7,), "k_weight": (7,)},
+        wide=("q_weight", "k_weight"),
+    ),
+    Case("diffusion_loss", "v", *_flow(5, 3, 7, 7)),
+    Case("diffusion_loss", "x", *_flow(5, 3, 5, 11), {"prediction_kind": "x"}),
+    Case("diffusion_loss", "one", *_flow(1, 1), {"prediction_kind": "x", "time_floor": 0.3}),
+]
+
+SMALL = [case for case in CASES if case.label not in ("334-tokens",)]
+
+
+def run(
+    case: Case, values: dict[str, Tensor], backend: str, cotangents: list[Tensor] | None = None
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Outputs and gradients by name, and the cotangents they were made with."""
+    leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
+    with kernels.use(backend):
+        outputs = case.call(leaves)
+        if cotangents is None:
+            generator = torch.Generator().manual_seed(11)
+            cotangents = [torch.randn(o.shape, generator=generator, dtype=FLOAT64) for o in outputs]
+        total = [cotangent.to(o.dtype) for cotangent, o in zip(cotangents, outputs, strict=True)]
+        grads = torch.autograd.grad(outputs, list(leaves.values()), total, allow_unused=True)
+    named = {f"out{at}": o.detach() for at, o in enumerate(outputs)}
+    for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
+        named[f"d{name}"] = torch.zeros_like(leaf) if grad is None else grad
+    return named, cotangents
+
+
+def noise(reference: Tensor, dtype: torch.dtype) -> float:
+    """Rounding noise of a result in the output's dtype: 2 max |ref + 0.3 - 0.3 - ref|."""
+    rounded = reference.to(dtype)
+    return 2 * _largest((rounded + 0.3 - 0.3) - rounded)
+
+
+def _largest(tensor: Tensor) -> float:
+    return tensor.abs().max().item() if tensor.numel() else 0.0
+
+
+def judge(name: str, ours: Tensor, eager: Tensor, reference: Tensor) -> None:
+    """err_k <= 2 err_e + noise, for the largest and for the root mean square error; ``reference`` in float64."""
+    assert ours.shape == reference.shape, name
+    assert torch.isfinite(ours).all(), name
+    error_ours, error_eager = ours.to(FLOAT64) - reference, eager.to(FLOAT64) - reference
+    allowance = noise(reference, ours.dtype)
+    limit = 2 * _largest(error_eager) + allowance
+    assert _largest(error_ours) <= limit, f"{name}: error {_largest(error_ours):.3e} > {limit:.3e}"
+    if ours.numel():
+        rms_ours, rms_eager = (e.square().mean().sqrt().item() for e in (error_ours, error_eager))
+        assert rms_ours <= 2 * rms_eager + allowance, f"{name}: rms {rms_ours:.3e} > 2 * {rms_eager:.3e}"

@@ -54,7 +54,7 @@ setup(
     packages=find_packages(include=["longskip", "longskip.*"]),
     # An explicit root makes editable installs plain paths, which type checkers follow.
     package_dir={"": "."},
-    package_data={"longskip": ["py.typed", "profiling/templates/*"]},
+    package_data={"longskip": ["py.typed", "profiling/templates/*", "launcher/demo.yaml"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["longskip=longskip.launcher.cli:main"]},

@@ -5,7 +5,6 @@ Imports without torch, so that configuration errors answer in well under a secon
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -249,19 +248,18 @@ class Config(Group):
 
         Raises ConfigError naming the world sizes that divide the batch when this one does not.
         """
-        total, micro, accumulation = self.train.batch_size, self.train.micro_batch, self.train.accumulation
-        if micro is None and accumulation is None:
-            accumulation = 1
+        total, micro = self.train.batch_size, self.train.micro_batch
         if micro is None:
-            assert accumulation is not None
-            fits = [w for w in divisors(total // math.gcd(total, accumulation)) if total % (w * accumulation) == 0]
+            # Micro-batch follows from the accumulation (1 unless given) and the ranks.
+            accumulation = self.train.accumulation or 1
+            fits = [w for w in divisors(total) if total % (w * accumulation) == 0]
             micro = total // (world * accumulation)
         else:
             fits = divisors(total // micro)
-        if total % (world * micro) or micro == 0 or world not in fits:
+        if world not in fits:
+            given = f" with micro_batch {self.train.micro_batch}" if self.train.micro_batch else ""
             raise ConfigError(
-                f"train.batch_size {total} does not divide over {world} rank(s)"
-                + (f" with micro_batch {self.train.micro_batch}" if self.train.micro_batch else ""),
+                f"train.batch_size {total} does not divide over {world} rank(s){given}",
                 cure=f"start one of {fits} ranks, or change train.batch_size or train.micro_batch",
             )
         # Micro-batch is what is kept when the world changes; accumulation follows from it.

@@ -45,7 +45,7 @@ class AdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if not params:
+            if not params or group["step"] == 0:  # DeepSpeed's rehearsal step before the loop has set anything
                 continue
             states = [self.state_of(p) for p in params]
             adamw(

@@ -75,7 +75,7 @@ class Shards:
                 for piece in self.fragments:
                     values = self._of_fragment(piece, kind)
                     piece.parameter.ds_tensor.data.view(-1)[: piece.numel].copy_(values)  # type: ignore[attr-defined]
-                self._gather_persistent()
+                self._regather()
                 return
             for parameter in self.parameters:
                 full = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
@@ -101,7 +101,7 @@ class Shards:
                 for parameter, values in zip(self.parameters, saved, strict=True):
                     self._storage(parameter).copy_(values)
                 if self.stage == 3:
-                    self._gather_persistent()
+                    self._regather()
 
     def _of_fragment(self, piece: Fragment, kind: Kind) -> torch.Tensor:
         whole = piece.master if kind == "weight" else self.optimizer.state_of(piece.master)[kind]
@@ -111,12 +111,15 @@ class Shards:
         """What this rank really holds of a parameter: its partition at stage 3, all of it below."""
         return parameter.ds_tensor.data if self.stage == 3 else parameter.data  # type: ignore[attr-defined]
 
-    def _gather_persistent(self) -> None:
-        """Small parameters stay gathered between steps at stage 3; refresh those copies from the partitions."""
-        persistent = self.engine.optimizer.persistent_parameters
-        if persistent:
-            persistent[0].partition(persistent, has_been_updated=False)
-            persistent[0].all_gather(persistent)
+    def _regather(self) -> None:
+        """Drop every gathered copy at stage 3, then gather the small parameters that stay gathered between steps.
+
+        DeepSpeed keeps parameters that are used again soon; such copies would be of the values before.
+        """
+        zero = self.engine.optimizer
+        zero.parameter_offload.partition_all_parameters()
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
     def _fragments(self) -> Iterator[Fragment]:
         if self.stage == 3:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longskip.kernels.arguments import check_epsilon, check_float, check_like, refuse, wide
+from longskip.kernels.arguments import check_epsilon, check_float, check_like, cpu_half, refuse, wide
 from longskip.kernels.backends import register, register_formula, resolve
 
 
@@ -45,9 +45,12 @@ def gated_adaln_reference(
 
 @register("adaln", "torch")
 def adaln_torch(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """``F.layer_norm`` and one ``addcmul``; in half precision each rounds."""
+    """``F.layer_norm`` and one ``addcmul``, in float32 for half precision on the CPU; elsewhere each step rounds."""
+    dtype = x.dtype
+    if cpu_half(x):
+        x, shift, scale = x.float(), shift.float(), scale.float()
     normed = F.layer_norm(x, (x.shape[-1],), eps=eps)
-    return torch.addcmul(shift[:, None, :], normed, (1 + scale)[:, None, :])
+    return torch.addcmul(shift[:, None, :], normed, (1 + scale)[:, None, :]).to(dtype)
 
 
 @register("gated_residual", "torch")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longskip.kernels.arguments import check_affine, check_epsilon, check_like, check_rows, wide
+from longskip.kernels.arguments import check_affine, check_epsilon, check_like, check_rows, cpu_half, wide
 from longskip.kernels.backends import register, register_formula, resolve
 
 Normed = Tensor | tuple[Tensor, Tensor]
@@ -54,11 +54,12 @@ def layer_norm_torch(
     eps: float = 1e-5,
     residual: Tensor | None = None,
 ) -> Normed:
-    """``F.layer_norm``, in float32 where the affine is float32 and x is not."""
+    """``F.layer_norm``, in float32 for mixed dtypes and for half precision on the CPU."""
     total = x if residual is None else x + residual
-    affine = [t for t in (weight, bias) if t is not None]
-    dtype = torch.promote_types(x.dtype, affine[0].dtype) if affine else x.dtype
-    dtype = torch.promote_types(dtype, affine[-1].dtype) if affine else dtype
+    dtype = torch.float32 if cpu_half(x) else x.dtype
+    for affine in (weight, bias):
+        if affine is not None:
+            dtype = torch.promote_types(dtype, affine.dtype)
     weight = weight if weight is None else weight.to(dtype)
     bias = bias if bias is None else bias.to(dtype)
     out = F.layer_norm(total.to(dtype), (x.shape[-1],), weight, bias, eps).to(x.dtype)

@@ -148,13 +148,14 @@ def report(
 
 @app.command()
 def demo(
-    minutes: Annotated[float | None, typer.Option(help="stop training after about so many minutes")] = None,
     ranks: Annotated[int, typer.Option(min=1, help="ranks to train with")] = 2,
+    steps: Annotated[int | None, typer.Option(min=1, help="training steps; fewer is sooner and draws worse")] = None,
+    name: Annotated[str, typer.Option(help="the run's name under runs/")] = "demo",
 ) -> None:
     """See it learn: drawn shapes, a small U-ViT, ZeRO-3 on 2 ranks, samples, judge and report in a few minutes."""
     from longskip.launcher.demo import run_demo
 
-    raise typer.Exit(run_demo(ranks=ranks, minutes=minutes))
+    raise typer.Exit(run_demo(ranks=ranks, steps=steps, name=name))
 
 
 @app.command()

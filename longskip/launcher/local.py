@@ -36,7 +36,7 @@ def command(ranks: int, arguments: Sequence[str], port: int) -> list[str]:
         "--master_addr=127.0.0.1",
         f"--master_port={port}",
         "--no_local_rank",
-        "--log_level=error",
+        "--log_level=critical",
         "--module",
         MODULE,
         *arguments,

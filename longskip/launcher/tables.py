@@ -31,19 +31,18 @@ def preset_rows() -> list[dict[str, Any]]:
 
 
 def print_presets() -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="U-ViT presets", caption="GMACs: one forward pass of one image, linear + conv + QKᵀ + PV")
-    for title in ("preset", "width", "blocks", "heads", "patch", "latents", "text", "tokens", "parameters", "GMACs"):
+    table = Table(
+        caption="GMACs: one forward pass of one image, linear + conv + QKᵀ + PV; more in --json", box=box.SIMPLE_HEAD
+    )
+    for title in ("preset", "width", "blocks", "heads", "tokens", "parameters", "GMACs"):
         table.add_column(title, justify="left" if title == "preset" else "right", no_wrap=True)
     for row in preset_rows():
-        c, h, w = row["latents"]
-        text = f"{row['text'][0]}×{row['text'][1]}" if row["text"][0] else "–"
-        table.add_row(
-            row["preset"], *(str(row[k]) for k in ("width", "blocks", "heads", "patch")), f"{c}×{h}×{w}", text,
-            str(row["tokens"]), f"{row['parameters']:,}", f"{row['forward_macs'] / 1e9:,.3f}",
-        )  # fmt: skip
+        shape = (str(row[key]) for key in ("width", "blocks", "heads", "tokens"))
+        table.add_row(row["preset"], *shape, f"{row['parameters']:,}", f"{row['forward_macs'] / 1e9:,.3f}")
     Console().print(table)
 
 

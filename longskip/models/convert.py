@@ -1,4 +1,4 @@
-"""Names of the original U-ViT code ↔ ours. The values are the same bits; only the patch projection changes its layout."""
+"""Names of the original U-ViT code ↔ ours. The values are the same bits; the patch projection alone changes layout."""
 
 from __future__ import annotations
 
@@ -31,23 +31,26 @@ def original_names(spec: UViTSpec) -> dict[str, str]:
         switch = "qk_norm" if spec.qk_norm else "adaln"
         raise CheckpointError(f"the original U-ViT has no {switch}", cure=f"convert a spec with {switch}=False")
     half, names = spec.depth // 2, {}
-    for unit, table in spec.parameters().items():
-        for ours in (entry.name for entry in table):
-            if ours == "embed.pos":
-                names[ours] = "pos_embed"
-            elif match := re.fullmatch(r"blocks\.(\d+)\.(.+)", ours):
-                index, rest = int(match[1]), match[2].replace("skip.", "skip_linear.")
-                place = f"in_blocks.{index}" if index < half else f"out_blocks.{index - half - 1}"
-                names[ours] = f"{'mid_block' if index == half else place}.{rest}"
-            else:
-                stem, _, ending = ours.rpartition(".")
-                names[ours] = f"{_OUTER[stem]}.{ending}"
+    for ours in _shapes(spec):
+        if ours == "embed.pos":
+            names[ours] = "pos_embed"
+        elif match := re.fullmatch(r"blocks\.(\d+)\.(.+)", ours):
+            index, rest = int(match[1]), match[2].replace("skip.", "skip_linear.")
+            place = f"in_blocks.{index}" if index < half else f"out_blocks.{index - half - 1}"
+            names[ours] = f"{'mid_block' if index == half else place}.{rest}"
+        else:
+            stem, _, ending = ours.rpartition(".")
+            names[ours] = f"{_OUTER[stem]}.{ending}"
     return names
+
+
+def _shapes(spec: UViTSpec) -> dict[str, tuple[int, ...]]:
+    return {entry.name: entry.shape for table in spec.parameters().values() for entry in table}
 
 
 def _original_shapes(spec: UViTSpec) -> dict[str, tuple[int, ...]]:
     """Original name → shape in the original, which differs for the patch convolution and the positions."""
-    shapes = {entry.name: entry.shape for table in spec.parameters().values() for entry in table}
+    shapes = _shapes(spec)
     shapes["embed.patch.weight"] = (spec.width, spec.channels, spec.patch, spec.patch)
     shapes["embed.pos"] = (1, *shapes["embed.pos"])
     return {original: shapes[ours] for ours, original in original_names(spec).items()}
@@ -88,8 +91,7 @@ def from_original(state: Mapping[str, Tensor], spec: UViTSpec) -> dict[str, Tens
 
 def to_original(state: Mapping[str, Tensor], spec: UViTSpec) -> dict[str, Tensor]:
     """Our state dict → the original code's; the inverse of ``from_original``, with the same errors."""
-    shapes = {entry.name: entry.shape for table in spec.parameters().values() for entry in table}
-    _refuse_others(state, shapes, "the checkpoint")
+    _refuse_others(state, _shapes(spec), "the checkpoint")
     out = {original: state[ours] for ours, original in original_names(spec).items()}
     rows = state["embed.patch.weight"].reshape(spec.width, spec.patch, spec.patch, spec.channels)
     out["patch_embed.proj.weight"] = rows.permute(0, 3, 1, 2).contiguous()  # (h, c, p1, p2)

@@ -7,7 +7,6 @@ see the difference: they always speak of the canonical parameters.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
@@ -50,10 +49,10 @@ class _Handle(NamedTuple):
 class Packed(nn.Module):
     """A leaf module whose parameters are declared by ``table``: local names, shapes, kinds of initial value, decay.
 
-    ``layout`` "named": one parameter per entry. "flat": at most two, ``flat_decay`` and ``flat_plain``; entries begin at
-    multiples of 64 elements, the padding is zero and has no name. ``prefix`` is the canonical name of the unit within
-    the whole system ("backbone.blocks.3"), which keys the initial values. Parameters are made on ``device`` without
-    values (use "meta" to count); ``materialize`` fills them.
+    ``layout`` "named": one parameter per entry. "flat": at most two, ``flat_decay`` and ``flat_plain``; entries begin
+    at multiples of 64 elements, the padding is zero and has no name. ``prefix`` is the canonical name of the unit
+    within the whole system ("backbone.blocks.3"), which keys the initial values. Parameters are made on ``device``
+    without values (use "meta" to count); ``materialize`` fills them.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class Packed(nn.Module):
             self.register_parameter(attribute, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
 
     def _plan(self, attribute: str, specs: list[ParamSpec]) -> None:
-        offset, sizes = 0, []
+        offset, sizes = 0, list[int]()
         for spec in specs:
             self._slots[spec.name] = _Slot(attribute, offset, spec)
             self._pieces[spec.name] = len(sizes)
@@ -156,16 +155,16 @@ class Packed(nn.Module):
         """
         flats = [self._held(attribute) for attribute in self._splits]
         off = not enabled or not flats or not torch.is_grad_enabled() or any(flat.is_meta for flat in flats)
-        if off or torch.compiler.is_compiling() or not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        if off or torch.compiler.is_compiling() or not _hooks_allowed():
             return nullcontext()
         # A gathered parameter may be a slice of a larger buffer: the same storage is not enough, the range decides.
         held = [
-            (flat, flat.untyped_storage()._cdata, flat.storage_offset(), flat.storage_offset() + flat.numel())
+            (flat, flat.untyped_storage()._cdata, int(flat.storage_offset()), int(flat.storage_offset()) + flat.numel())
             for flat in flats
         ]
 
         def pack(tensor: Tensor) -> Tensor | _Handle:
-            storage, offset = tensor.untyped_storage()._cdata, tensor.storage_offset()
+            storage, offset = tensor.untyped_storage()._cdata, int(tensor.storage_offset())
             for parameter, own, start, stop in held:
                 if storage == own and start <= offset < stop and tensor.dtype == parameter.dtype:
                     return _Handle(parameter, offset - start, tensor.size(), tensor.stride())
@@ -246,12 +245,17 @@ class Packed(nn.Module):
         )
 
 
+def _hooks_allowed() -> bool:
+    """False inside torch.func.grad and its kin; torch has no public name for this question."""
+    return bool(torch._C._autograd._saved_tensors_hooks_is_enabled())  # type: ignore[attr-defined]
+
+
 def _unpack(saved: Tensor | _Handle) -> Tensor:
     if isinstance(saved, Tensor):
         return saved
     data = saved.parameter.data
     reach = saved.offset + 1 + sum((n - 1) * s for n, s in zip(saved.size, saved.stride, strict=True))
-    if data.numel() < reach and math.prod(saved.size):
+    if data.numel() < reach and saved.size.numel():
         raise LongskipError(
             f"the backward pass needs {reach} elements of a flat parameter that holds {data.numel()}",
             cure="gather the module's parameters before its backward pass",

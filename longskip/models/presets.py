@@ -13,7 +13,8 @@ from longskip.models.specs import UViTSpec
 __all__ = ["PRESETS", "preset"]
 
 _COLUMNS = (
-    "width", "depth", "n_heads", "patch", "channels", "latent_size", "n_txt", "text_width", "n_classes", "conv", "pos_init"
+    "width", "depth", "n_heads", "patch", "channels", "latent_size", "n_txt", "text_width", "n_classes", "conv",
+    "pos_init",
 )  # fmt: skip
 
 # The six text-to-image sizes train at 256² pixels (32x32x4 latents) with OpenCLIP-H texts (arXiv 2412.12391); 2.3b and

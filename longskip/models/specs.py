@@ -294,7 +294,7 @@ class UViTSpec:
         return tuple(table)
 
     def param_counts(self) -> ParamCounts:
-        """Closed form of the numbers of parameters (not a sum over ``parameters()``, which the tests compare it with)."""
+        """Closed form of the numbers of parameters; the tests compare it with ``parameters()`` and the built module."""
         h, r, c_in, c_out = self.width, self.mlp_ratio, self.channels, self.c_out
         blocks, skips, pixels = self.n_blocks, self.n_skips, self.patch**2
         by_part = {
@@ -360,16 +360,17 @@ class UViTSpec:
     ) -> SavedBytes:
         """Bytes that autograd keeps from the forward pass for the backward pass, with the ``torch`` kernels.
 
-        Counted: every storage that a graph node saves, once, parameters apart; activations at ``dtype_bytes`` (4 float32,
-        2 bfloat16) per element, statistics (norms, log-sum-exp of attention) at 4 as on GPUs (float64: ask for 8 and
-        take it as a bound). Attention is a fused kernel that keeps q, k, v, output and log-sum-exp, not T² scores.
+        Counted: every storage that a graph node saves, once, parameters apart; activations at ``dtype_bytes`` per
+        element (4 float32, 2 bfloat16), statistics (norms, log-sum-exp of attention) at 4, as GPUs keep them.
+        Attention is a fused kernel that keeps q, k, v, output and log-sum-exp, not T² scores.
         Per token of width h a plain block keeps 16 h: norm input, qkv input, q, k, v, attention output, second norm's
-        input, MLP input, 4 h before and 4 h after GELU. A skip adds 2 h (the concatenated pair), adaLN 4 h, qk-norm 4 h in
-        float32 (2 h, and 4 h of float32, in bfloat16; a fused RMS norm keeps less). Not counted: gradients, weights,
+        input, MLP input, 4 h before and 4 h after GELU. A skip adds 2 h (the concatenated pair), adaLN 4 h, qk-norm 4 h
+        in float32 (2 h, and 4 h of float32, in bfloat16; a fused RMS norm keeps less). Not counted: gradients, weights,
         text masks, workspaces, the allocator's rounding, whatever the loss and the text encoder keep.
 
         With ``checkpointing`` every block keeps its input alone, and ``recompute`` is what one block adds for a moment.
-        Flat layouts keep the same bytes as named ones. Equal to the sum of ``saved_tensors_hooks`` in float32 (tested).
+        Flat layouts keep the same bytes as named ones. Equal to the sum of ``saved_tensors_hooks`` in float32 (tested);
+        in bfloat16 it is what GPUs keep: on a CPU the norms work on float32 copies, which count more.
         """
         height, width = self.latent_size if latent_size is None else latent_size
         costs = self.flops(batch, (height, width), n_txt)  # checks the arguments

@@ -32,7 +32,8 @@ class TextToImage(nn.Module):
             wanted = (backbone.spec.n_txt, backbone.spec.text_width)
             if made != wanted:
                 raise SpecError(
-                    f"the text encoder makes {made[0]} tokens of width {made[1]}, the backbone takes {wanted[0]} of {wanted[1]}",
+                    f"the text encoder makes {made[0]} tokens of width {made[1]}, "
+                    f"the backbone takes {wanted[0]} of {wanted[1]}",
                     cure="set the encoder's n_tokens and width to the backbone's n_txt and text_width",
                 )
         for path, module in self.named_modules():
@@ -50,8 +51,8 @@ class TextToImage(nn.Module):
     ) -> Tensor:
         """latents (B, C, H, W), time (B,) → prediction (B, C_out, H, W), float32.
 
-        ``tokens`` (B, n_txt) ids go through the text encoder, or ``text`` (B, n_txt, E) is given embedded; both at once,
-        or ids without an encoder, raise ``ConditioningError``.
+        ``tokens`` (B, n_txt) ids go through the text encoder, or ``text`` (B, n_txt, E) is given embedded; both at
+        once, or ids without an encoder, raise ``ConditioningError``.
         """
         if tokens is not None:
             if self.text is None or text is not None:

@@ -39,7 +39,7 @@ class WordEncoder(Packed):
         spec = self.spec
         if tokens.dim() != 2 or tokens.shape[1] > spec.n_tokens or tokens.dtype not in (torch.int64, torch.int32):
             raise ConditioningError(
-                f"tokens are {tokens.dtype} of shape {tuple(tokens.shape)}, not integers (B, n) with n <= {spec.n_tokens}",
+                f"tokens are {tokens.dtype} of shape {tuple(tokens.shape)}, not integers (B, n <= {spec.n_tokens})",
                 cure=f"pad or cut texts to {spec.n_tokens} ids",
             )
         if (

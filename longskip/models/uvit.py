@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,11 @@ def unpatchify(tokens: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
     b, (rows, cols) = tokens.shape[0], grid
     split = tokens.reshape(b, rows, cols, patch, patch, -1)
     return split.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, rows * patch, cols * patch)
+
+
+def _norm(x: Tensor, p: dict[str, Tensor], name: str) -> Tensor:
+    out = layer_norm(x, p[f"{name}.weight"], p[f"{name}.bias"], eps=NORM_EPS)
+    return cast(Tensor, out)  # a pair only with a residual
 
 
 class Embed(Packed):
@@ -135,16 +141,18 @@ class Block(Packed):
     ) -> Tensor:
         """The same as a pure function of inputs and parameters ``p``."""
         if self.takes_skip:
-            assert skip is not None
+            if skip is None:
+                raise ConditioningError(f"{self.prefix} takes a skip and was given none", cure="hand it the skip")
             x = skip_linear(x, skip, p["skip.weight"], p["skip.bias"])  # (B, T, h)
         if self.spec.adaln:
-            assert time is not None
+            if time is None:
+                raise ConditioningError(f"{self.prefix} is modulated by time and was given none", cure="hand it over")
             ada = F.linear(F.silu(time), p["ada.weight"], p["ada.bias"])  # (B, 6h)
             shift1, scale1, gate1, shift2, scale2, gate2 = ada.chunk(6, dim=-1)  # (B, h) each
             y = self._attend(adaln(x, shift1, scale1, eps=NORM_EPS), p, key_mask)  # (B, T, h)
             x, y = gated_adaln(x, y, gate1, shift2, scale2, eps=NORM_EPS)
             return gated_residual(x, self._mlp(y, p), gate2)
-        y = self._attend(layer_norm(x, p["norm1.weight"], p["norm1.bias"], eps=NORM_EPS), p, key_mask)  # (B, T, h)
+        y = self._attend(_norm(x, p, "norm1"), p, key_mask)  # (B, T, h)
         x, y = layer_norm(y, p["norm2.weight"], p["norm2.bias"], eps=NORM_EPS, residual=x)
         return x + self._mlp(y, p)
 
@@ -182,7 +190,7 @@ class Head(Packed):
             shift, scale = F.linear(F.silu(time), p["ada.weight"], p["ada.bias"]).chunk(2, dim=-1)  # (B, h) each
             x = adaln(x, shift, scale, eps=NORM_EPS)
         else:
-            x = layer_norm(x, p["norm.weight"], p["norm.bias"], eps=NORM_EPS)  # (B, L, h)
+            x = _norm(x, p, "norm")  # (B, L, h)
         x = F.linear(x, p["linear.weight"], p["linear.bias"])  # (B, L, p²c)
         out = unpatchify(x[:, x.shape[1] - grid[0] * grid[1] :], self.spec.patch, grid)  # (B, c, H, W)
         return F.conv2d(out, p["conv.weight"], p["conv.bias"], padding=1) if self.spec.conv else out
@@ -294,13 +302,15 @@ class UViT(nn.Module):
 
     def extra_repr(self) -> str:
         spec, counts, costs = self.spec, self.spec.param_counts(), self.spec.flops()
+        height, width = spec.latent_size
         switches = [name for name in ("time_mlp", "conv", "skips", "qk_norm", "adaln") if getattr(spec, name)]
         extras = [f"label of {spec.n_classes}"] if spec.n_classes else []
         extras += ["time"] + ([f"text {spec.n_txt}x{spec.text_width}"] if spec.n_txt else [])
         return "\n".join(
             (
-                f"width {spec.width}, {spec.n_blocks} blocks ({spec.n_skips} with a skip), {spec.n_heads} heads of {spec.head_dim}",
-                f"latents {spec.channels}x{spec.latent_size[0]}x{spec.latent_size[1]}, patch {spec.patch}, out {spec.c_out}",
+                f"width {spec.width}, {spec.n_blocks} blocks ({spec.n_skips} with a skip), "
+                f"{spec.n_heads} heads of {spec.head_dim}",
+                f"latents {spec.channels}x{height}x{width}, patch {spec.patch}, out {spec.c_out}",
                 f"{spec.n_tokens} tokens: {' | '.join(extras)} | patches {spec.n_img}; positions {spec.pos_init}",
                 f"with {', '.join(switches) or 'no switch on'}; layout {self.layout}",
                 f"{counts.total:,} parameters ({counts.per_token:,} passed by every token)",

@@ -24,7 +24,7 @@ class LedgerLine:
     """One interval ``(from_step, step]`` of one attempt; counts are of the interval, over all devices.
 
     Tokens and images are counts, ``seconds`` wall time, FLOPs 2 per multiply-add (``model_flops`` and
-    ``hardware_flops`` as the glossary defines them), ``six_nd`` = 6·N·tokens. ``mfu`` and ``hfu`` are shares 0–1,
+    ``hardware_flops`` as the glossary defines them), ``six_nd`` = 6·N·tokens. ``mfu`` and ``hfu`` are shares 0 to 1,
     None on a device without a datasheet peak; ``loss`` is None when it was not finite.
     """
 
@@ -113,7 +113,7 @@ class Sums:
 
     @property
     def goodput(self) -> float | None:
-        """Committed time as a share of the time spent, 0–1; None before the first line."""
+        """Committed time as a share of the time spent, 0 to 1; None before the first line."""
         return self.committed.seconds / self.spent.seconds if self.spent.seconds > 0 else None
 
 
@@ -231,8 +231,9 @@ def _object(raw: bytes) -> dict[str, Any] | None:
 
 def _entry(body: dict[str, Any]) -> Entry | None:
     if "resumed_from" in body:
-        attempt, resumed_from = body.get("attempt"), body["resumed_from"]
-        return Resumed(attempt, resumed_from) if _is_count(attempt) and _is_count(resumed_from) else None
+        if not _is_count(body.get("attempt")) or not _is_count(body["resumed_from"]):
+            return None
+        return Resumed(attempt=body["attempt"], resumed_from=body["resumed_from"])
     if not body.keys() >= _LINE_FIELDS or not all(_is_count(body[name]) for name in _INTEGERS):
         return None
     if not all(_is_number(body[name]) for name in ("seconds", "data_wait_seconds")):

@@ -58,7 +58,7 @@ class Interval:
 
     @property
     def data_wait_share(self) -> float:
-        """Share of the wall time spent waiting for data, 0–1."""
+        """Share of the wall time spent waiting for data, 0 to 1."""
         return self._rate(self.data_wait_seconds)
 
     def line(self, *, attempt: int, loss: float | None) -> LedgerLine:

@@ -70,13 +70,14 @@ def render_html(logs: Sequence[RunLog]) -> str:
     environment.filters["share"] = units.share
     script = _asset(environment, "report.js")
     data = reportdata.chart_data(logs, names)
+    differing = reportdata.comparison([log.config for log in logs], only_differing=True)
     page = environment.get_template("report.html.j2")
     return page.render(
-        runs=[_run(log, name) for log, name in zip(logs, names, strict=True)],
-        figures=list(zip(*(reportdata.headline(log) for log in logs), strict=True)),
+        runs=[_run(log, name, {row["key"] for row in differing}) for log, name in zip(logs, names, strict=True)],
+        figures=reportdata.figure_rows(logs),
         scores=reportdata.score_rows(logs),
         steps=sorted({grid.step for log in logs for grid in _shown(log.samples)}),
-        config_rows=reportdata.comparison([log.config for log in logs], only_differing=True) if len(logs) > 1 else [],
+        config_rows=differing,
         environment_rows=reportdata.comparison([log.environment for log in logs], only_differing=False),
         charts=defaultdict(list, data["charts"]),
         data=_json(data),
@@ -88,8 +89,7 @@ def render_html(logs: Sequence[RunLog]) -> str:
     )
 
 
-def _run(log: RunLog, name: str) -> dict[str, Any]:
-    differing: set[str] = set()
+def _run(log: RunLog, name: str, differing: set[str]) -> dict[str, Any]:
     judged = reportdata.last_judged(log)
     return {
         "name": name,
@@ -125,7 +125,8 @@ def _grid(grid: SampleGrid) -> dict[str, Any] | None:
     picture = _picture(grid.grid)
     if picture is None:
         return None
-    settings = " · ".join(f"{key} {value}" for key, value in grid.settings.items() if isinstance(value, (str, int, float)))
+    simple = {key: value for key, value in grid.settings.items() if isinstance(value, (str, int, float))}
+    settings = " · ".join(f"{key} {value}" for key, value in simple.items())
     return {"step": grid.step, "picture": picture, "prompts": grid.prompts, "settings": settings}
 
 

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import yaml
@@ -50,50 +51,53 @@ def labels(logs: Sequence[RunLog]) -> list[str]:
     return names
 
 
+def figure_rows(logs: Sequence[RunLog]) -> list[tuple[Figure, ...]]:
+    """The headline figures, a row per figure and in it one per run; without the judge's where no run was judged."""
+    rows = list(zip(*(headline(log) for log in logs), strict=True))
+    return rows if any(last_judged(log) for log in logs) else rows[2:]
+
+
 def headline(log: RunLog) -> list[Figure]:
-    """The figures a reader looks for first. Every run gives the same labels, unknown ones as a dash."""
+    """The figures a reader looks for first: the same labels for every run, unknown values as a dash."""
     committed, spent, info = log.sums.committed, log.sums.spent, log.info
     judged = last_judged(log)
     figures = []
     for split, label in (("seen", "Full match, seen"), ("held_out", "Full match, held out")):
         scores = _mapping(_mapping(judged.get("judge")).get(split))
-        note = f"{units.exact(_number(scores.get('count')))} prompts, step {judged['step']:,}" if scores else "not judged"
+        note = "not judged"
+        if scores:
+            note = f"{units.exact(_number(scores.get('count')))} prompts, step {judged['step']:,}"
         figures.append(Figure(label, units.share(_number(scores.get("full"))), note))
-    if not any(figure.value != units.NONE for figure in figures):
-        figures = []
     params = _number(info.get("params"))
     params_token = _number(info.get("params_token"))
-    ran = committed.steps > 0
-    ratio = committed.model_flops / committed.six_nd if committed.six_nd else None
-    figures += [
-        Figure("Model FLOPs C", units.scientific(committed.model_flops if ran else None), "exact: 3 × the forward"),
-        Figure(
-            "C₆ND = 6·N·D",
-            units.scientific(committed.six_nd if ran else None),
-            "" if ratio is None else f"C ÷ C₆ND = {ratio:.4f}",
-        ),
-        Figure("Images", units.count(committed.images if ran else None), f"in {log.sums.last_step:,} steps"),
-        Figure(
-            "Tokens D",
-            units.count(committed.tokens if ran else None),
-            f"{units.count(committed.image_tokens)} of them image tokens" if ran else "",
-        ),
-        Figure(
-            "Parameters N",
-            units.count(params),
-            f"{units.count(params_token)} act on every token" if params_token is not None else "",
-        ),
-        Figure("Wall time", units.duration(spent.seconds if ran else None), "everything executed"),
-        Figure(
-            "Images per second",
-            units.rate(committed.images_per_second),
-            f"{units.rate(committed.tokens_per_second)} tokens/s" if ran else "",
-        ),
-        Figure("Data wait", units.share(committed.data_wait_share), "of the wall time"),
-        Figure("Goodput", units.share(log.sums.goodput), "of the time spent was kept"),
-        _mfu(log, committed),
-    ]
-    return figures
+    if committed.steps == 0:
+        unknown = ("Model FLOPs C", "C₆ND = 6·N·D", "Images", "Tokens D")
+        figures += [Figure(label, units.NONE) for label in unknown]
+    else:
+        figures += [
+            Figure("Model FLOPs C", units.scientific(committed.model_flops), "exact: 3 times the forward"),
+            Figure(
+                "C₆ND = 6·N·D",
+                units.scientific(committed.six_nd),
+                f"C ÷ C₆ND = {committed.model_flops / committed.six_nd:.4f}" if committed.six_nd else "",
+            ),
+            Figure("Images", units.count(committed.images), f"in {log.sums.last_step:,} steps"),
+            Figure("Tokens D", units.count(committed.tokens), f"{units.count(committed.image_tokens)} image tokens"),
+        ]
+    per_token = f"{units.count(params_token)} act on every token" if params_token is not None else ""
+    figures.append(Figure("Parameters N", units.count(params), per_token))
+    if committed.steps == 0:
+        unknown = ("Wall time", "Images per second", "Data wait", "Goodput")
+        figures += [Figure(label, units.NONE) for label in unknown]
+    else:
+        tokens_per_second = f"{units.rate(committed.tokens_per_second)} tokens/s"
+        figures += [
+            Figure("Wall time", units.duration(spent.seconds), "everything executed"),
+            Figure("Images per second", units.rate(committed.images_per_second), tokens_per_second),
+            Figure("Data wait", units.share(committed.data_wait_share), "of the wall time"),
+            Figure("Goodput", units.share(log.sums.goodput), "of the time spent was kept"),
+        ]
+    return [*figures, _mfu(log, committed)]
 
 
 def _mfu(log: RunLog, committed: Totals) -> Figure:
@@ -164,7 +168,7 @@ def attempts(log: RunLog) -> list[dict[str, Any]]:
             row["from"] = entry.from_step if row["from"] is None else row["from"]
             row["to"] = entry.step
             row["seconds"] += entry.seconds
-            row["device"] = f"{entry.devices} × {entry.device_name}"
+            row["device"] = f"{entry.devices} \N{MULTIPLICATION SIGN} {entry.device_name}"
     return [{**row, "time": units.duration(row["seconds"])} for row in found.values()]
 
 
@@ -310,7 +314,7 @@ def _bins(run: int, log: RunLog, *, only_last: bool) -> list[dict[str, Any]]:
             continue
         if not all(_number(edge) is not None for edge in edges):
             continue
-        centres = [(left + right) / 2 for left, right in zip(edges, edges[1:], strict=False)]
+        centres = [(left + right) / 2 for left, right in pairwise(edges)]
         values = [None if _number(value) is None else _short(float(value)) for value in bins]  # type: ignore[arg-type]
         found.append({"run": run, "step": step, "x": centres, "y": values, "edges": edges})
     if only_last:

@@ -19,7 +19,8 @@ from typing import Any
 import yaml
 
 from longskip.errors import RunFolderError
-from longskip.profiling import ledger
+from longskip.profiling.ledger import LedgerFile, Sums, json_rows, sums
+from longskip.profiling.ledger import read as read_ledger
 
 _MARKS = ("run.json", "config.yaml", "metrics.jsonl", "ledger.jsonl")
 _STEP = re.compile(r"step-(\d+)")
@@ -125,14 +126,14 @@ class RunLog:
         return steps, values
 
     @cached_property
-    def ledger(self) -> ledger.LedgerFile:
+    def ledger(self) -> LedgerFile:
         """The ledger's entries in file order, superseded ones included."""
-        return ledger.read(self.path / "ledger.jsonl")
+        return read_ledger(self.path / "ledger.jsonl")
 
     @cached_property
-    def sums(self) -> ledger.Sums:
+    def sums(self) -> Sums:
         """Committed and spent."""
-        return ledger.sums(self.ledger.entries)
+        return sums(self.ledger.entries)
 
     @property
     def device_name(self) -> str | None:
@@ -188,7 +189,7 @@ class RunLog:
         file = self.path / name
         if not file.is_file():
             return []
-        rows, skipped = ledger.json_rows(file.read_bytes())
+        rows, skipped = json_rows(file.read_bytes())
         self.skipped_lines[name] = skipped
         return rows
 

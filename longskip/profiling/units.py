@@ -28,13 +28,13 @@ def count(value: float | None) -> str:
 
 
 def scientific(value: float | None, digits: int = 3) -> str:
-    """A large number with its power of ten: ``3.21×10¹⁸``."""
+    """A large number as a mantissa of ``digits`` figures and a power of ten in superscript."""
     if value is None:
         return NONE
     if value == 0 or not math.isfinite(value):
         return f"{value:.0f}"
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-    return f"{mantissa}×10{str(int(exponent)).translate(_SUPERSCRIPT)}"
+    return f"{mantissa}\N{MULTIPLICATION SIGN}10{str(int(exponent)).translate(_SUPERSCRIPT)}"
 
 
 def rate(value: float | None) -> str:
@@ -45,7 +45,7 @@ def rate(value: float | None) -> str:
 
 
 def share(value: float | None) -> str:
-    """A share 0–1 in percent: ``97.5%``, below 1% ``0.042%``."""
+    """A share of 1 in percent: ``97.5%``, below 1% ``0.042%``."""
     if value is None:
         return NONE
     return f"{100 * value:.2g}%" if 0 < abs(value) < 0.00995 else f"{100 * value:.1f}%"
@@ -55,8 +55,8 @@ def duration(seconds: float | None) -> str:
     """A span of time in its two leading units: ``2 h 13 min``, ``41.3 s``."""
     if seconds is None:
         return NONE
-    if seconds < 60:
-        return f"{seconds:.1f} s"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s" if seconds else "0 s"
     whole = round(seconds)
     large, large_name, small, small_name = next(span for span in _SPANS if whole >= span[0])
     rest = whole % large // small

@@ -190,7 +190,7 @@ def test_floating_pictures_read_like_bytes() -> None:
     assert judge(pictures[0] / 255.0 * 1.2 - 0.05, scenes[0]).seen  # a sampler's overshoot is clipped
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     picture=hnp.arrays(np.uint8, st.tuples(st.integers(16, 40), st.integers(16, 40), st.just(3))),
     blur=st.sampled_from([0.0, 1.0, 4.0]),
@@ -203,6 +203,14 @@ def test_any_picture_gets_a_verdict(picture: np.ndarray, blur: float) -> None:
         verdict = judge(each, scene)
         assert verdict.full == all(verdict.attributes.values())
         assert verdict.attributes["objects"] == (len(verdict.objects) == 2)
+
+
+def test_a_motley_region_has_no_colour() -> None:
+    picture = np.zeros((33, 33, 3), np.uint8)
+    for band in range(3):  # on black, the median of red, green and blue thirds is black: the background itself
+        picture[9 : 9 + 15, 9 + 5 * band : 14 + 5 * band, band] = 255
+    (seen,) = look(picture)
+    assert seen.colour is None and seen.shape == "square" and seen.position == "center"
 
 
 def test_noise_is_never_fully_right() -> None:

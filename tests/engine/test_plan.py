@@ -52,8 +52,8 @@ def test_permutation_equals_a_second_implementation():
 
 def test_the_order_is_frozen():
     # A run is resumed by its position alone, so these numbers may never change.
-    assert permute(range(10), 10, 0, 0).tolist() == GOLDEN_10
-    assert permute(range(5), 1_000_000, 42, 7).tolist() == GOLDEN_MILLION
+    assert permute(range(10), 10, 0, 0).tolist() == [6, 5, 0, 8, 1, 7, 4, 2, 9, 3]
+    assert permute(range(5), 1_000_000, 42, 7).tolist() == [595386, 821643, 128, 792223, 892804]
 
 
 def test_every_place_is_equally_likely_over_the_epochs():

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import CASES, FLOAT64, PUBLIC, SMALL, Case, judge, run
 from torch import Tensor
 
 from longskip import kernels
-
-OTHER = {"torch": "reference", "reference": "torch"}
+from tests.kernels.kernel_checks import CASES, FLOAT64, MANY_ROWS, PUBLIC, SMALL, Case, eager_runs, judge, run
 
 
 def exact(case: Case, values: dict[str, Tensor], cotangents: list[Tensor] | None = None) -> dict[str, Tensor]:
@@ -22,12 +20,12 @@ def exact(case: Case, values: dict[str, Tensor], cotangents: list[Tensor] | None
 def test_outputs_and_gradients(case: Case, backend: str, dtype: torch.dtype) -> None:
     values = case.cast(case.values(), dtype)
     ours, cotangents = run(case, values, backend)
-    eager, _ = run(case, values, OTHER[backend], cotangents)
+    eagers = eager_runs(case, values, backend, cotangents)
     rounded = [c.to(ours[f"out{at}"].dtype).to(FLOAT64) for at, c in enumerate(cotangents)]
     reference = exact(case, values, rounded)
     for name, tensor in reference.items():
         assert ours[name].dtype == (values[name[1:]].dtype if name[1:] in values else ours["out0"].dtype), name
-        judge(f"{case.id} {name}", ours[name], eager[name], tensor)
+        judge(f"{case.id} {name}", ours[name], [eager[name] for eager in eagers], tensor)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
@@ -37,6 +35,26 @@ def test_float64_backends_agree(case: Case) -> None:
     other = exact(case, case.values(), cotangents)
     for name, tensor in other.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-11, atol=1e-12 * max(1.0, tensor.abs().max().item()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("case", MANY_ROWS, ids=lambda c: c.id)
+def test_sums_over_many_rows_are_kept_wide(case: Case, backend: str, dtype: torch.dtype) -> None:
+    """A parameter's gradient is a sum over n rows of terms of either sign, of size |sum| / sqrt(n) each.
+
+    Rounding every term to the dtype moves the sum by about u |sum|, and n float32 additions by at most n u32 |sum|.
+    Sums kept in the dtype itself are off by 7% in bfloat16 and 1% in float16 here.
+    """
+    values = case.cast(case.values(), dtype)
+    ours, cotangents = run(case, values, backend)
+    reference = exact(case, values, [c.to(dtype).to(FLOAT64) for c in cotangents])
+    rows = 4099
+    limit = 8 * torch.finfo(dtype).eps / 2 + rows * torch.finfo(torch.float32).eps / 2
+    for name in values:
+        if rows not in values[name].shape:
+            error = (ours[f"d{name}"].to(FLOAT64) - reference[f"d{name}"]).abs().max()
+            assert error <= limit * reference[f"d{name}"].abs().max(), name
 
 
 def layout(value: Tensor, kind: str) -> Tensor:
@@ -57,10 +75,10 @@ def test_layouts(case: Case, backend: str, kind: str) -> None:
     laid = {name: layout(value, kind) for name, value in case.cast(case.values(), torch.float32).items()}
     plain = {name: value.clone(memory_format=torch.contiguous_format) for name, value in laid.items()}
     ours, cotangents = run(case, laid, backend)
-    eager, _ = run(case, plain, OTHER[backend], cotangents)
+    eagers = [run(case, plain, other, cotangents)[0] for other in ("torch", "reference")]
     reference = exact(case, plain, [c.float().to(FLOAT64) for c in cotangents])
     for name, tensor in reference.items():
-        judge(f"{case.id} {name} {kind}", ours[name], eager[name], tensor)
+        judge(f"{case.id} {name} {kind}", ours[name], [eager[name] for eager in eagers], tensor)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -92,19 +110,10 @@ ROWS = {
 }
 
 
-def lasting_rows(case: Case, axes: int, changed: Tensor) -> Tensor:
-    """Bool over the leading ``axes`` of the output: rows that must not change."""
-    keep = torch.ones(changed.shape[:axes], dtype=torch.bool)
-    keep[(0,) * axes] = False
-    return keep
-
-
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("case", SMALL, ids=lambda c: c.id)
 def test_row_depends_on_its_row_only_and_nan_propagates(case: Case, backend: str) -> None:
     name, axes = ROWS[case.op]
-    if "expanded" in case.label or case.inputs[name][0] < 2:
-        axes = 0
     values = case.cast(case.values(), torch.float32)
     last = (-1,) * values[name].ndim  # the last row: `attention` masks the first sample
     with kernels.use(backend):
@@ -115,8 +124,7 @@ def test_row_depends_on_its_row_only_and_nan_propagates(case: Case, backend: str
         after = case.call(changed)
     touched = 0
     for old, new in zip(before, after, strict=True):
-        bad = new.isnan()
-        touched += int(bad.sum())
+        touched += int(new.isnan().sum())
         if axes:
             rest = torch.ones(new.shape[:axes], dtype=torch.bool)
             rest[(-1,) * axes] = False

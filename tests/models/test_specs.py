@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import longskip
 from longskip.errors import SpecError
+from longskip.kernels.formulas import FORMULAS
 from longskip.models.conditioning import Conditioning
 from longskip.models.packed import Packed
 from longskip.models.presets import PRESETS, preset
@@ -182,6 +183,19 @@ def test_flops_at_another_resolution_and_text_length() -> None:
     costs = spec.flops(2, latent_size=(8, 6), n_txt=4)
     assert counter.get_total_flops() == costs.flops
     assert costs.tokens == 2 * (1 + 1 + 4 + 12)
+
+
+def test_the_kernels_formulas_say_the_same() -> None:
+    """The parts that the ops declare, from the kernels' own formulas."""
+    spec, batch = replace(BASE, mlp_ratio=3), 2
+    rows, h, macs = batch * spec.n_tokens, spec.width, spec.flops(2).macs_by_op
+    forward = {op: formula.forward for op, formula in FORMULAS.items()}
+    attention = forward["attention"](
+        batch=batch, queries=spec.n_tokens, keys=spec.n_tokens, heads=spec.n_heads, head_dim=spec.head_dim
+    )
+    assert macs["attention"] == spec.n_blocks * attention.macs
+    assert macs["mlp"] == spec.n_blocks * forward["mlp"](rows=rows, width=h, hidden=3 * h, out=h).macs
+    assert macs["skip_linear"] == spec.n_skips * forward["skip_linear"](rows=rows, width=h, out=h).macs
 
 
 def test_six_nd_ratio_of_facts() -> None:

@@ -68,7 +68,7 @@ def test_forward_with_tokens_equals_embedded_text() -> None:
 def test_padding_has_a_learned_vector() -> None:
     encoder = WordEncoder(TEXT, "flat")
     encoder(torch.zeros(1, 16, dtype=torch.long)).sum().backward()
-    grad = encoder.flat_plain.grad
+    grad = encoder.get_parameter("flat_plain").grad
     assert grad is not None and grad.view(20, 64)[0].eq(16).all() and not grad.view(20, 64)[1:].any()
 
 

@@ -96,6 +96,11 @@ def oracle(spec: UViTSpec, state: dict[str, Tensor], x: Tensor, time: Tensor, co
     return F.conv2d(out, w["head.conv.weight"], w["head.conv.bias"], padding=1) if spec.conv else out
 
 
+def grad_of(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -217,7 +222,7 @@ def test_positions_at_another_resolution() -> None:
     out = model(*inputs(BASE, (12, 10)))
     assert out.shape == (2, 3, 12, 10) and out.isfinite().all()
     out.sum().backward()
-    assert embed.pos.grad is not None and (embed.pos.grad.abs().sum(-1) > 0).all()
+    assert (grad_of(embed.get_parameter("pos")).abs().sum(-1) > 0).all()
 
 
 def test_checkpointing_gives_the_same_bits() -> None:
@@ -229,7 +234,7 @@ def test_checkpointing_gives_the_same_bits() -> None:
             model.checkpointing = checkpointing
             out = model(*inputs(spec))
             out.square().sum().backward()
-            results.append((out.detach(), [p.grad for p in model.parameters()]))
+            results.append((out.detach(), [grad_of(p) for p in model.parameters()]))
         assert torch.equal(results[0][0], results[1][0])
         assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
 
@@ -239,7 +244,7 @@ def test_computation_follows_the_parameters_dtype() -> None:
     wanted = model_of(BASE)(latents, time, cond)
     for dtype, tolerance in ((torch.bfloat16, 0.1), (torch.float64, 1e-5)):
         model = model_of(BASE, "flat").to(dtype)
-        kinds = set()
+        kinds = set[torch.dtype]()
         model.blocks[0].register_forward_hook(lambda m, args, out, kinds=kinds: kinds.add(out.dtype))
         got = model(latents, time, cond)
         assert kinds == {dtype} and got.dtype == torch.float32

@@ -2,8 +2,8 @@
 
 More than a thousand drawn things on white, each a single code point ("dog face", "hot beverage"). Left out: flags,
 keycaps, skin tones and whatever is joined from several code points; code points that the font does not draw, draws
-blank, or draws as it drew an earlier one; and those that this Python's ``unicodedata`` has no name for. The set depends on
-the font's and Python's versions, never on the picture size.
+blank, or draws as it drew an earlier one; and those that this Python's ``unicodedata`` has no name for. The set
+depends on the font's and Python's versions, never on the picture size.
 """
 
 from __future__ import annotations

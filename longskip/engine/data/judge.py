@@ -31,7 +31,7 @@ from scipy import ndimage
 from longskip.engine.data.scenes import COLOURS, Scene, Thing
 from longskip.errors import DataError
 
-_MIN_CONTRAST = 45.0  # RGB distance to the background; 3.2 times what noise of sigma 8 does to one pixel on average
+_MIN_CONTRAST = 45.0  # RGB distance to the background; 3.5 times what noise of sigma 8 does to a pixel on average
 _MIN_AREA = 0.007  # of the picture: half of the smallest thing (a small ring or star)
 _SIZE_BORDER = 0.162  # half-width between small (<= 0.145, soft ones seem wider) and big (>= 0.192, soft: narrower)
 _CENTER_BORDER = 0.12  # half way between the center and a corner's distance
@@ -283,12 +283,15 @@ def look(picture: np.ndarray) -> tuple[Seen, ...]:
     seen = []
     for mask in _regions(pixels, paper):
         colour, covered = _coverage(pixels, paper, mask)
+        motley = covered.max() <= 0.5  # of so many colours that the middle one is none of them
+        if motley:
+            covered = mask.astype(np.float64)
         box = _box(covered)
         x, y = (box[0] + box[2]) / 2 / width, (box[1] + box[3]) / 2 / height
         half_width = max((box[2] - box[0]) / width, (box[3] - box[1]) / height) / 2
         seen.append(
             Seen(
-                colour=_name_colour(colour),
+                colour=None if motley else _name_colour(colour),
                 shape=_name_shape(covered, box),
                 size="big" if half_width > _SIZE_BORDER else "small",
                 position=_name_position(x, y),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -120,7 +121,9 @@ class _OpenShard:
 
     def abandon(self) -> None:
         """Removes what is unfinished; nothing after ``finish``."""
-        self.stream.close()
+        with contextlib.suppress(OSError):  # a full disk, whose error is already on its way
+            self.writer.close()
+            self.stream.close()
         self.part.unlink(missing_ok=True)
 
 

@@ -8,6 +8,9 @@ with weight 0, so ranks never have to agree on what to skip.
 from __future__ import annotations
 
 import math
+import multiprocessing
+import multiprocessing.util
+import os
 import queue
 import signal
 import threading
@@ -170,7 +173,7 @@ class Reader:
 
     ``cursor`` is where to begin, and at any time where the step after the last one handed out begins: what a checkpoint
     saves. ``workers`` = 0 assembles in a thread of this process, otherwise in that many processes (``start_method``:
-    ``spawn``, or ``forkserver``, which starts faster but dies with its server when a whole process group is signalled);
+    ``spawn``, or ``forkserver``, which starts faster but ends when a whole process group is told to terminate);
     the order never depends on them. ``data_wait_seconds`` adds up the time that the consumer waited.
 
     Raises ``ConfigError`` for contradicting settings, ``DataError`` where plan and source do not fit or a worker died,
@@ -342,12 +345,18 @@ def _start_worker(_: int) -> None:
     # A rank that is told to stop still needs its next batches to reach the step's border; it ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Last of all, when the queues are flushed, leave at once: a spawned process that unloads torch while one of its
+    # threads still runs aborts now and then, and the parent would take that for a crash.
+    multiprocessing.util.Finalize(None, os._exit, args=(0,), exitpriority=-100)
 
 
 class _Processes:
     """Assembles in torch's data loader; batches come back in the order of the walk."""
 
     def __init__(self, assembler: Assembler, walk: _Walk, workers: int, prefetch: int, start_method: str) -> None:
+        context = multiprocessing.get_context(start_method)
+        if start_method == "forkserver":
+            context.set_forkserver_preload([__name__])  # torch is imported once, not by every worker
         loader = DataLoader(
             _Assembled(assembler),
             sampler=walk,
@@ -355,7 +364,7 @@ class _Processes:
             num_workers=workers,
             prefetch_factor=max(prefetch, -(-prefetch * walk.split[3] // workers)),
             persistent_workers=True,
-            multiprocessing_context=start_method,
+            multiprocessing_context=context,
             worker_init_fn=_start_worker,
         )
         self._iterator: Any = iter(loader)
@@ -363,8 +372,9 @@ class _Processes:
     def take(self) -> MicroBatch:
         try:
             item = next(self._iterator)
-        except RuntimeError as error:
-            if "exited unexpectedly" not in str(error):
+        except (RuntimeError, ConnectionError, FileNotFoundError, EOFError) as error:
+            # The last three: its tensors were announced, but it died before it handed over their memory.
+            if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):
                 raise
             raise DataError(
                 f"a data worker died: {error}",

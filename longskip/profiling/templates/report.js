@@ -10,13 +10,13 @@
   const plain = (v, step) => {
     const size = Math.abs(v);
     if (v === 0) return "0";
-    if (size >= 1e15 || (step ? step < 1e-5 : size < 1e-3)) {
+    if (size >= (step ? 1e15 : 1e10) || (step ? step < 1e-5 : size < 1e-3)) {
       const power = Math.floor(Math.log10(size) + 1e-9);
       const digits = step ? Math.max(0, Math.min(3, power - Math.floor(Math.log10(step) + 1e-9))) : 3;
       return `${(v / 10 ** power).toFixed(digits)}×10${superscript(power)}`;
     }
     for (const [scale, letter] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]]) {
-      if (step && size >= scale && size >= 1e4) return `${+(v / scale).toPrecision(4)}${letter}`;
+      if (step && size >= scale && size >= 1e5) return `${+(v / scale).toPrecision(4)}${letter}`;
     }
     if (step) {
       let digits = 0;
@@ -235,7 +235,7 @@
       const at = anchor.line.x[anchor.i];
       const where = this.is("bins") ? `time ${plain(at)}` : `${axisName[state.axis]} ${plain(at)}`;
       span(span(tip, "div", ""), "b", where);
-      for (const { line, i } of this.is("bins") ? hits.slice().reverse() : hits) {
+      for (const { line, i } of this.is("bins") && data.runs.length === 1 ? hits.slice().reverse() : hits) {
         const row = span(tip, "div", "");
         span(row, "i", "", `swatch run-${line.run % 8}`);
         const parts = [];

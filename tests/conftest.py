@@ -1,0 +1,37 @@
+"""Shared fixtures: one thread per process, quiet DeepSpeed, small data made once."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``train`` (300 pictures) and ``validation`` (40) of the shapes data set."""
+    from longskip.engine.data.shapes import write_shapes
+
+    folder = tmp_path_factory.mktemp("shapes")
+    write_shapes(folder / "train", 300, seed=0)
+    write_shapes(folder / "validation", 40, seed=1, held_out=None)
+    return folder
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The test runs inside an empty folder, so that ``runs/`` is its own."""
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    import torch
+
+    torch.set_num_threads(1)

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from longskip.engine.data.index import build_index, load_index, load_table
+from longskip.engine.data.lint import MAX_EXAMPLES, lint
+from longskip.engine.data.pack import write_shards
+from longskip.engine.data.show import CELL, contact_sheet
+from longskip.engine.data.sources import open_source
+from longskip.engine.data.tokens import Vocabulary
+from longskip.errors import DataError, ShardError
+
+
+def png(i: int, size: tuple[int, int] = (8, 8)) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def shards(tmp_path):
+    write_shards(({"png": png(i), "txt": f"number {i}"} for i in range(25)), tmp_path / "data", per_shard=10)
+    return tmp_path / "data"
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_sound_data_are_clean(shards):
+    report = lint(shards)
+    assert report.ok
+    assert (report.samples, report.good, report.shards, report.sha256_checked) == (25, 25, 3, 3)
+    assert (report.counts, report.examples, report.longest_caption) == ({}, [], 2)
+    assert json.loads(json.dumps(report.to_json()))["ok"] is True
+
+
+def test_every_fault_is_counted_and_the_rest_is_still_checked(shards):
+    index = load_index(shards)
+    flip(shards / "00000.tar", int(load_table(shards, index.shards[0])[2]["txt_offset"]))
+    padding = int(load_table(shards, index.shards[1])[0]["image_offset"]) - 1  # the header's last, unused byte
+    flip(shards / "00001.tar", padding)
+    with (shards / "00002.tar").open("r+b") as stream:
+        stream.truncate(4096)
+    report = lint(shards)
+    # A flipped byte of the first header fails its checksum, so that shard is not read at all.
+    assert report.counts == {"shard": 2, "shard_crc": 1, "shard_sha256": 1}
+    assert (report.samples, report.good, report.sha256_checked) == (25, 9, 1)
+    assert {name for name, _, _ in report.examples} == {"00000.tar", "00001.tar", "00002.tar", "000000002"}
+    assert not report.ok
+
+
+def test_a_flipped_byte_between_members_is_seen_by_the_hash_alone(shards):
+    row = load_table(shards, load_index(shards).shards[0])[4]
+    flip(shards / "00000.tar", int(row["txt_offset"] + row["txt_size"]) + 3)  # padding after the member
+    open_source(shards)
+    report = lint(shards)
+    assert report.counts == {"shard_sha256": 1}
+    assert report.good == 25
+
+
+def test_pictures_captions_and_duplicates(tmp_path):
+    write_shards(
+        [{"__key__": "a", "png": png(0), "txt": "one two three four"}, {"__key__": "b", "png": png(0), "txt": "x"},
+         {"__key__": "c", "png": png(1)[:70], "txt": "x"}, {"__key__": "d", "png": png(2)},
+         {"__key__": "e", "png": png(3), "txt": b"\xff"}, {"__key__": "f", "png": b"GIF89a", "txt": "x"}],
+        tmp_path / "one",
+    )  # fmt: skip
+    write_shards([{"__key__": "a", "png": png(9), "txt": "unknownword"}], tmp_path / "two")
+    build_index([tmp_path / "one" / "00000.tar", tmp_path / "two" / "00000.tar"])
+    report = lint(tmp_path, n_txt=3)
+    assert report.counts == {
+        "caption_encoding": 1, "caption_missing": 1, "duplicate_image": 1, "duplicate_key": 1, "image_decode": 1,
+        "image_format": 1, "text_too_long": 1,
+    }  # fmt: skip
+    assert report.good == 2  # "b" and the second "a" can be trained on
+    # by tokens, the unknown word is 11 bytes
+    assert lint(tmp_path, vocabulary=Vocabulary(["x"]), n_txt=10).longest_caption == len("one two three four")
+    assert lint(tmp_path, vocabulary=Vocabulary(["x"]), n_txt=10).counts["text_too_long"] == 2
+
+
+def test_a_plain_folder_is_checked_too(tmp_path):
+    for name, data in {"a.png": png(0), "a.txt": b"x", "b.png": png(1), "c.png": png(2), "c.jpg": png(2)}.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "c.txt").write_text("y")
+    report = lint(tmp_path)
+    assert report.counts == {"caption_missing": 1, "duplicate": 1}
+    assert (report.samples, report.good, report.shards) == (4, 2, 0)
+
+
+def test_examples_are_bounded(tmp_path):
+    for i in range(MAX_EXAMPLES + 20):
+        (tmp_path / f"{i}.png").write_bytes(b"x")
+        (tmp_path / f"{i}.txt").write_text("x")
+    report = lint(tmp_path)
+    assert report.counts["image_format"] == MAX_EXAMPLES + 20
+    assert len(report.examples) == MAX_EXAMPLES
+
+
+def test_nothing_to_check_is_an_error(tmp_path, shards):
+    with pytest.raises(DataError, match="does not exist"):
+        lint(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no pictures"):
+        lint(tmp_path / "empty")
+    (shards / "index.json").unlink()
+    with pytest.raises(ShardError, match="longskip data index"):
+        lint(shards)
+
+
+def test_a_contact_sheet_shows_the_pixels(tmp_path):
+    write_shards([{"png": png(0, (32, 32)), "txt": "first " * 100}, {"png": png(1, (300, 600)), "txt": "wide"},
+                  {"png": b"broken", "txt": "x"}], tmp_path / "a")  # fmt: skip
+    source = open_source(tmp_path / "a")
+    assert contact_sheet(source, tmp_path / "out" / "sheet.png", n=10, columns=3) == [0, 1, 2]
+    sheet = np.asarray(Image.open(tmp_path / "out" / "sheet.png"))
+    stored = np.asarray(Image.open(io.BytesIO(png(0, (32, 32)))))
+    enlarged = stored.repeat(CELL // 32, 0).repeat(CELL // 32, 1)
+    assert np.array_equal(sheet[14 : 14 + CELL, 14 : 14 + CELL], enlarged)
+    below = sheet[14 + CELL :, 14 : 14 + CELL]
+    assert (below < 100).any()  # ink of the caption
+    assert sheet.shape[0] < 500  # a long caption is cut
+    chosen = contact_sheet(source, tmp_path / "sheet.png", n=2, seed=1)
+    assert len(set(chosen)) == 2
+    with pytest.raises(DataError, match="columns 0"):
+        contact_sheet(source, tmp_path / "sheet.png", columns=0)

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longskip.profiling.ledger import (
+    LedgerFile,
+    LedgerLine,
+    Resumed,
+    append,
+    committed_lines,
+    read,
+    sums,
+)
+
+LINE = LedgerLine(
+    attempt=1, from_step=0, step=10, images=320, image_tokens=5120, tokens=8000, seconds=2.0, data_wait_seconds=0.5,
+    model_flops=10**20 + 1, hardware_flops=2 * 10**20, six_nd=10**20, mfu=0.5, hfu=0.6, loss=0.25, devices=1,
+    device_name="NVIDIA H200",
+)  # fmt: skip
+
+
+def interval(attempt: int, from_step: int, step: int) -> LedgerLine:
+    """An interval whose amounts depend on its steps alone, step by step, as a deterministic run's do."""
+    steps = range(from_step + 1, step + 1)
+    return replace(
+        LINE,
+        attempt=attempt,
+        from_step=from_step,
+        step=step,
+        images=sum(3 + s % 5 for s in steps),
+        image_tokens=sum(16 * (3 + s % 5) for s in steps),
+        tokens=sum(25 * (3 + s % 5) for s in steps),
+        seconds=float(sum(1 + s % 3 for s in steps)),
+        data_wait_seconds=float(sum(s % 2 for s in steps)),
+        model_flops=sum(10**18 + s for s in steps),
+        hardware_flops=sum(2 * 10**18 + s for s in steps),
+        six_nd=sum(10**17 + s for s in steps),
+    )
+
+
+def run_attempt(path: Path, attempt: int, start: int, stop: int, total: int, log: int, commit: int) -> list[LedgerLine]:
+    """Trains the steps up to ``stop``; an interval ends at every log, at every commit and at the end of the run."""
+    append(path, Resumed(attempt, start))
+    written, last = [], start
+    for step in range(start + 1, stop + 1):
+        if step % log == 0 or step % commit == 0 or step == total:
+            line = interval(attempt, last, step)
+            append(path, line)
+            written.append(line)
+            last = step
+    return written
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_kills_and_resumes_give_the_unbroken_runs_committed_sums(data: st.DataObject, tmp_path_factory) -> None:
+    folder = tmp_path_factory.mktemp("ledger")
+    total = data.draw(st.integers(1, 40), label="total")
+    log = data.draw(st.integers(1, 7), label="log")
+    commit = data.draw(st.integers(1, 9), label="commit")
+    run_attempt(folder / "unbroken.jsonl", 1, 0, total, total, log, commit)
+    unbroken = sums(read(folder / "unbroken.jsonl").entries)
+    assert unbroken.committed == unbroken.spent and unbroken.goodput == 1.0
+
+    path, start, spent, attempt, torn = folder / "broken.jsonl", 0, [], 1, 0
+    commits = {0}
+    for attempt in range(1, data.draw(st.integers(1, 5), label="kills") + 1):
+        stop = data.draw(st.integers(start, total), label="killed at")
+        spent += run_attempt(path, attempt, start, stop, total, log, commit)
+        commits |= {step for step in range(start + 1, stop + 1) if step % commit == 0}
+        if data.draw(st.booleans(), label="torn"):
+            # The crash came while the next line was written; at least its brace and less than the whole.
+            whole = json.dumps({"attempt": attempt, "from_step": stop, "device_name": "x"}).encode()
+            with open(path, "ab") as file:
+                file.write(whole[: data.draw(st.integers(1, len(whole) - 1), label="bytes")])
+            torn += 1
+        # Any commit that still verifies, mostly the newest; commits past it are gone from then on.
+        start = data.draw(st.sampled_from(sorted(commits)[-3:]), label="resumed from")
+        commits = {step for step in commits if step <= start}
+    spent += run_attempt(path, attempt + 1, start, total, total, log, commit)
+
+    file = read(path)
+    broken = sums(file.entries)
+    assert broken.committed == unbroken.committed
+    assert (broken.last_step, broken.missing_steps, file.skipped) == (total, 0, torn)
+    assert broken.attempts == attempt + 1
+    assert broken.spent.steps == sum(line.step - line.from_step for line in spent)
+    assert broken.spent.model_flops == sum(line.model_flops for line in spent)
+    assert broken.spent.seconds == math.fsum(line.seconds for line in spent)
+    assert broken.goodput == pytest.approx(unbroken.committed.seconds / broken.spent.seconds)
+
+
+def test_superseded_lines_stay_in_the_file_and_in_what_was_spent(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    entries = [Resumed(1, 0), interval(1, 0, 10), interval(1, 10, 20), Resumed(2, 10), interval(2, 10, 20)]
+    for entry in entries:
+        append(path, entry)
+    assert read(path) == LedgerFile(tuple(entries), 0)
+    assert committed_lines(entries) == [entries[1], entries[4]]
+    got = sums(entries)
+    assert (got.committed.steps, got.spent.steps, got.attempts) == (20, 30, 2)
+    assert got.spent.images - got.committed.images == entries[2].images
+    assert got.goodput == pytest.approx(got.committed.seconds / got.spent.seconds)
+
+
+def test_figures_survive_the_file_to_the_last_digit(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    line = replace(LINE, model_flops=123456789012345678901234567890, seconds=0.1 + 0.2, device_name="a\nb“ü")
+    append(path, line)
+    assert path.read_bytes().count(b"\n") == 1
+    assert read(path).lines == (line,)
+    assert sums(read(path).entries).committed.model_flops == 123456789012345678901234567890
+
+
+@pytest.mark.parametrize("cut", [1, 3, 20, -1])
+def test_a_line_cut_by_a_crash_costs_only_itself(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "ledger.jsonl"
+    append(path, LINE)
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:-1][:cut])
+    append(path, replace(LINE, from_step=10, step=20), durable=True)
+    got = read(path)
+    assert ([line.step for line in got.lines], got.skipped) == ([10, 20], 1)
+
+
+def test_a_writer_that_went_on_behind_a_cut_line_loses_nothing_more(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    append(path, LINE)
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:50] + whole)
+    got = read(path)
+    assert (len(got.lines), got.skipped) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        b"\xff\xfe",
+        b"[1, 2]",
+        b'{"attempt": 1}',
+        json.dumps({**LINE.__class__.__dict__, "x": 1}, default=str).encode(),
+        json.dumps({"attempt": 1, "resumed_from": None}).encode(),
+        json.dumps({"attempt": True, "resumed_from": 3}).encode(),
+    ],
+)
+def test_lines_that_are_no_entries_are_skipped_and_counted(tmp_path: Path, broken: bytes) -> None:
+    path = tmp_path / "ledger.jsonl"
+    append(path, LINE)
+    with open(path, "ab") as file:
+        file.write(broken + b"\n")
+    got = read(path)
+    assert (got.entries, got.skipped) == ((LINE,), 1)
+
+
+@pytest.mark.parametrize(("name", "value"), [("step", 1.5), ("images", None), ("seconds", "2"), ("mfu", "high")])
+def test_a_line_with_a_value_of_the_wrong_kind_is_skipped(tmp_path: Path, name: str, value: object) -> None:
+    path = tmp_path / "ledger.jsonl"
+    append(path, LINE)
+    body = json.loads(path.read_text())
+    path.write_text(json.dumps({**body, name: value}) + "\n")
+    assert read(path) == LedgerFile((), 1)
+
+
+def test_a_loss_that_is_not_finite_is_written_as_null(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    append(path, replace(LINE, loss=math.nan, mfu=None))
+    assert "NaN" not in path.read_text()
+    (line,) = read(path).lines
+    assert line.loss is None and line.mfu is None
+
+
+def test_mfu_of_the_sums_is_the_mean_over_time() -> None:
+    lines = [
+        replace(LINE, seconds=1.0, mfu=0.2, hfu=None),
+        replace(LINE, from_step=10, step=20, seconds=3.0, mfu=0.6, hfu=None),
+        replace(LINE, from_step=20, step=30, seconds=50.0, mfu=None, hfu=None),
+    ]
+    got = sums(lines).committed
+    assert got.mfu == pytest.approx((0.2 + 3 * 0.6) / 4) and got.hfu is None
+    assert got.data_wait_share == pytest.approx(1.5 / 54)
+    assert got.images_per_second == pytest.approx(960 / 54)
+
+
+def test_nothing_is_a_ledger_too_and_a_gap_is_seen(tmp_path: Path) -> None:
+    empty = sums(read(tmp_path / "none.jsonl").entries)
+    assert empty.goodput is None and empty.committed.images_per_second is None and empty.last_step == 0
+    assert sums([interval(1, 0, 10), interval(1, 20, 30)]).missing_steps == 10

@@ -119,7 +119,7 @@ def _attention_backward(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
     # dV, dP over value's width; dQ, dK and the recomputed scores over query's.
     query, key, value = args[1:4]
     scores = query.shape[:-1].numel() * key.shape[-2]
-    return Contraction(scores * (2 * query.shape[-1] + 3 * value.shape[-1]), recomputed=scores * query.shape[-1])
+    return Contraction(scores * (3 * query.shape[-1] + 2 * value.shape[-1]), recomputed=scores * query.shape[-1])
 
 
 _FUSED_ATTENTION = (

@@ -189,8 +189,9 @@ def test_saved_tensors_keep_no_gathered_storage_alive(spec: UViTSpec) -> None:
 
 
 def test_a_compiled_block_keeps_no_storage_either() -> None:
-    expected, model = randomised(SPEC, "flat").blocks[0], randomised(SPEC, "flat").blocks[0]
-    model.compute = torch.compile(model.compute, backend="aot_eager", fullgraph=True)  # type: ignore[arg-type]
+    expected: Any = randomised(SPEC, "flat").blocks[0]
+    model: Any = randomised(SPEC, "flat").blocks[0]
+    model.compute = torch.compile(model.compute, backend="aot_eager", fullgraph=True)
     x = torch.randn(2, 5, 24)
     expected(x).square().sum().backward()
     loss = model(x).square().sum()

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from longskip import kernels
 from longskip.models.conditioning import Conditioning
@@ -17,9 +16,11 @@ from longskip.models.uvit import UViT
 BASE = UViTSpec(32, 4, 2, channels=3, latent_size=(8, 12), n_txt=3, text_width=7)
 
 
-def saved_storages(spec: UViTSpec, batch: int, dtype: torch.dtype, checkpointing: bool, size: tuple[int, int]) -> int:
+def saved_storages(
+    spec: UViTSpec, batch: int, dtype: torch.dtype, checkpointing: bool, size: tuple[int, int], device: str = "cpu"
+) -> int:
     """Bytes of the distinct storages that the graph of one forward pass saves, parameters apart."""
-    model = UViT(spec).to(dtype)
+    model = UViT(spec, device=device).to(dtype)
     model.checkpointing = checkpointing
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     storages: dict[int, int] = {}
@@ -33,10 +34,11 @@ def saved_storages(spec: UViTSpec, batch: int, dtype: torch.dtype, checkpointing
         return tensor
 
     cond = Conditioning(
-        text=torch.randn(batch, spec.n_txt, spec.text_width, dtype=dtype) if spec.n_txt else None,
-        label=torch.zeros(batch, dtype=torch.long) if spec.n_classes else None,
+        text=torch.randn(batch, spec.n_txt, spec.text_width, dtype=dtype, device=device) if spec.n_txt else None,
+        label=torch.zeros(batch, dtype=torch.long, device=device) if spec.n_classes else None,
     )
-    latents, time = torch.randn(batch, spec.channels, *size), torch.rand(batch)
+    latents = torch.randn(batch, spec.channels, *size, device=device)
+    time = torch.rand(batch, device=device)
     with kernels.use("torch"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = model(latents, time, cond)
     assert out.requires_grad
@@ -62,25 +64,36 @@ def test_equals_what_autograd_saves(change: dict[str, Any], checkpointing: bool)
         assert form.total == saved_storages(spec, batch, torch.float32, checkpointing, size)
 
 
-def narrow_layer_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: float, residual: torch.Tensor | None = None
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Layer norm in the parameters' dtype, as GPUs run it; on the CPU the kernel goes through float32 copies."""
-    total = x if residual is None else x + residual
-    out = F.layer_norm(total, (x.shape[-1],), weight, bias, eps)
-    return out if residual is None else (total, out)
+class FusedAttention(torch.autograd.Function):
+    """What a fused attention saves: q, k, v, its output, the log-sum-exp in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        b, t, heads, dim = q.shape
+        out = torch.empty(b, t, heads, dim, dtype=q.dtype, device=q.device)
+        ctx.save_for_backward(q, k, v, out, torch.empty(b, heads, t, device=q.device))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError
 
 
+def fused_attention(
+    q: torch.Tensor, k: torch.Tensor | None = None, v: torch.Tensor | None = None, *, key_mask: None
+) -> torch.Tensor:
+    return FusedAttention.apply(*(q.unbind(2) if k is None else (q, k, v)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("change", CHANGES)
-def test_bfloat16_differs_by_the_norms_statistics_alone(
-    change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """torch's CPU layer norm keeps mean and 1/std in bfloat16; the form says 4 bytes, as GPUs do."""
-    monkeypatch.setattr("longskip.models.uvit.layer_norm", narrow_layer_norm)
+def test_off_the_cpu(change: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On meta the norms save what GPUs save (on a CPU in bfloat16 they work on copies); attention, which meta takes
+    apart, is replaced by one that saves what fused kernels do."""
+    monkeypatch.setattr("longskip.models.uvit.attention", fused_attention)
     spec = replace(BASE, **change)
-    measured = saved_storages(spec, 2, torch.bfloat16, False, spec.latent_size)
-    statistics = (2 * spec.n_blocks + 1) * 2 * 2 * spec.n_tokens
-    assert spec.saved_bytes(2, 2).total == measured + statistics * (4 - 2)
+    measured = saved_storages(spec, 2, dtype, False, spec.latent_size, "meta")
+    assert spec.saved_bytes(2, dtype.itemsize).total == measured
 
 
 def test_what_checkpointing_recomputes() -> None:

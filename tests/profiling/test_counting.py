@@ -87,6 +87,26 @@ def test_attention_is_counted_whatever_serves_it(device: str, backend: SDPBacken
         assert both.recomputed_macs == 0
 
 
+def test_fused_backward_with_values_of_another_width() -> None:
+    b, h, tq, tk, d, dv = 2, 3, 5, 7, 4, 6
+    sizes = {"q": (b, h, tq, d), "k": (b, h, tk, d), "v": (b, h, tk, dv), "out": (b, h, tq, dv), "lse": (b, h, tq)}
+    t = {name: torch.empty(size, device="meta") for name, size in sizes.items()}
+    seed = torch.empty((), dtype=torch.long, device="meta")
+
+    def backward() -> None:
+        torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+            t["out"], t["q"], t["k"], t["v"], None, t["out"], t["lse"], seed, seed, 0.0, [True, True, True, False]
+        )
+
+    with FlopCounterMode(display=False) as theirs:
+        backward()
+    ours = count_flops(backward)
+    assert ours.flops == theirs.get_total_flops()
+    # dQ, dK and the scores once more over q's width; dV and dP over v's.
+    assert ours.macs - ours.recomputed_macs == 2 * loop_attention_macs(b, h, tq, tk, d, dv)
+    assert ours.recomputed_macs == b * h * tq * tk * d
+
+
 def test_the_cpu_default_is_the_case_torch_counts_as_free() -> None:
     q = torch.randn(1, 2, 8, 4)
     with FlopCounterMode(display=False) as theirs:

@@ -108,8 +108,9 @@ def attention(
         refuse(op, "k and v", "only one of them given", "both, or neither with q packed (B, T, 3, H, Dh)")
     else:
         check_float(op, "q", q, (None, None, None, None), "(B, Tq, H, Dh)")
-        batch, keys = q.shape[0], k.shape[1] if isinstance(k, Tensor) and k.ndim == 4 else None
+        batch = q.shape[0]
         check_like(op, "k", k, "q", q, (batch, None, q.shape[2], q.shape[3]), "(B, Tk, H, Dh)")
+        keys = k.shape[1]
         check_like(op, "v", v, "q", q, (batch, keys, q.shape[2], q.shape[3]), "(B, Tk, H, Dh)")
     if q.shape[-1] < 1 or q.shape[-2] < 1:
         refuse(op, "q", f"of shape {tuple(q.shape)}", "at least one head (H >= 1) and a head dim Dh >= 1")

@@ -58,6 +58,16 @@ def test_intervals_are_seamless_and_peek_changes_nothing() -> None:
     assert (empty.images, empty.images_per_second, empty.seconds) == (0, 0.0, 0.0)
 
 
+def test_no_time_is_lost_between_intervals() -> None:
+    ticks = iter(range(100))
+    meter = Meter(device_name="cpu", clock=lambda: float(next(ticks)))  # every look at the clock takes a second
+    seconds = []
+    for _ in range(5):
+        feed(meter)
+        seconds.append(meter.interval().seconds)
+    assert sum(seconds) == next(ticks) - 1  # up to the last look, from the first one at 0
+
+
 def test_an_unknown_device_has_no_mfu_and_says_why() -> None:
     clock = Clock()
     meter = Meter(device_name="AMD EPYC 7B13", dtype="bf16", clock=clock)

@@ -72,6 +72,14 @@ def test_the_figures_stand_in_the_page(tmp_path: Path, run_maker) -> None:
     assert {"figures", "samples", "scores", "curves", "speed", "ledger", "config", "environment"} <= page.ids()
 
 
+def test_resumes_are_named_where_there_were_any(tmp_path: Path, run_maker) -> None:
+    resumed, unbroken = run_maker(tmp_path / "a"), run_maker(tmp_path / "b")
+    lines = (unbroken / "ledger.jsonl").read_text().splitlines(keepends=True)
+    (unbroken / "ledger.jsonl").write_text("".join(lines[:5]))
+    assert "mean over the batch; dotted where a run was resumed Validation" in render(resumed)[1].text
+    assert "mean over the batch Validation" in render(unbroken)[1].text
+
+
 def test_mfu_of_a_known_device(tmp_path: Path, run_maker) -> None:
     _, page = render(run_maker(tmp_path / "run", device="NVIDIA H200"))
     assert "41.2%" in page.text and "HFU 41.2% · NVIDIA H200" in page.text and "no datasheet peak" not in page.text

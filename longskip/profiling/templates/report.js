@@ -26,10 +26,10 @@
     return size >= 1000 ? Math.round(v).toLocaleString("en-US") : String(+v.toPrecision(4));
   };
 
-  const niceTicks = (low, high, count) => {
-    const rough = (high - low) / Math.max(1, count);
+  const niceTicks = (low, high, count, whole) => {
+    const rough = Math.max((high - low) / Math.max(1, count), whole ? 1 : 0);
     const base = 10 ** Math.floor(Math.log10(rough));
-    const step = [1, 2, 2.5, 5, 10].map((m) => m * base).find((s) => s >= rough * 0.999);
+    const step = [1, 2, 2.5, 5, 10].map((m) => m * base).find((s) => s >= rough * 0.999 && (!whole || Number.isInteger(s)));
     const ticks = [];
     for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) ticks.push(k * step);
     return { ticks, step };
@@ -151,7 +151,7 @@
         element("text", { x: box.left - 8, y: py(tick) + 4, "text-anchor": "end" }, svg).textContent = labels[i];
       });
       element("line", { x1: box.left, x2: box.right, y1: box.bottom, y2: box.bottom, class: "axis" }, svg);
-      const xTicks = niceTicks(left, right, (box.right - box.left) / 84);
+      const xTicks = niceTicks(left, right, (box.right - box.left) / 84, !this.is("bins"));
       for (const tick of xTicks.ticks) {
         const x = px(tick), near = x > box.right - 16;
         element("line", { x1: x, x2: x, y1: box.bottom, y2: box.bottom + 4, class: "grid" }, svg);

@@ -1,0 +1,109 @@
+"""Configuration: what is accepted, what is refused, and that every refusal names value, limit and cure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longskip.engine.config import Config, differing_keys
+from longskip.engine.configio import dump_yaml, load_config, parse_override, parse_yaml, validate
+from longskip.errors import ConfigError, SpecError
+
+
+def test_numbers_as_yaml_text(tmp_path: Path) -> None:
+    """YAML 1.1 reads 1e-4 as text; users write it all the same."""
+    (tmp_path / "run.yaml").write_text("optim:\n  lr: 1e-4\n  eps: 1e-8\n")
+    config = load_config(tmp_path / "run.yaml", ["optim.weight_decay=3e-2"])
+    assert (config.optim.lr, config.optim.eps, config.optim.weight_decay) == (1e-4, 1e-8, 0.03)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("optm: {lr: 1}", ["optm", "did you mean 'optim'"]),
+        ("optim: {learning_rate: 1}", ["optim.learning_rate", "lr"]),
+        ("train: {stepz: 1}", ["train.stepz", "did you mean 'steps'"]),
+        ("encoders: {text: {tokens: 3}}", ["encoders.text.tokens", "n_tokens"]),
+        ("optim: {lr: fast}", ["optim.lr", "fast"]),
+        ("optim: {lr: -1}", ["optim.lr", "-1"]),
+        ("optim: {lr: .nan}", ["optim.lr"]),
+        ("train: {steps: 0}", ["train.steps", "0"]),
+        ("train: {batch_size: 10, micro_batch: 3}", ["10", "3", "[1, 2, 5, 10]"]),
+        ("train: {batch_size: 12, micro_batch: 4, accumulation: 2}", ["12", "two of the three"]),
+        ("deepspeed: {zero_stage: 4}", ["deepspeed.zero_stage", "4"]),
+        ("model: {preset: uvit-shape}", ["uvit-shape", "uvit-shapes"]),
+        ("model: {resolution: 33}", ["33x33", "patch 8"]),
+        ("model: {width: 130, n_heads: 4}", ["130", "4"]),
+        ("train: {name: ../elsewhere}", ["train.name"]),
+        ("train: {name: '-rf'}", ["train.name"]),
+        ("data: {shuffle: sometimes}", ["data.shuffle"]),
+        ("train: {steps: 1}\ntrain: {steps: 2}", ["train", "twice"]),
+        ("a: &a [1]\nb: *a", ["aliases"]),
+        ("train: !!python/object/apply:os.system ['true']", ["python"]),
+        ("[1, 2]", ["not a mapping"]),
+        ("train: {steps: 1", ["not valid YAML"]),
+    ],
+)
+def test_refusals(text: str, words: list[str]) -> None:
+    with pytest.raises((ConfigError, SpecError)) as caught:
+        validate(parse_yaml(text))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_extends_and_overrides(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("optim: {lr: 1e-3, clip: 2}\ntrain: {steps: 5}\n")
+    (tmp_path / "run.yaml").write_text("extends: base.yaml\noptim: {clip: 3}\n")
+    config = load_config(tmp_path / "run.yaml", ["train.steps=7", "logging.prompts=[a cat, a dog]"])
+    assert (config.optim.lr, config.optim.clip, config.train.steps) == (1e-3, 3.0, 7)
+    assert config.logging.prompts == ("a cat", "a dog")
+    (tmp_path / "base.yaml").write_text("extends: run.yaml\n")
+    with pytest.raises(ConfigError, match="circle"):
+        load_config(tmp_path / "run.yaml")
+    with pytest.raises(ConfigError, match="group.key=value"):
+        parse_override("--lr")
+
+
+def test_round_trip_and_what_may_change_on_resume() -> None:
+    config = validate({"train": {"steps": 5}, "optim": {"lr": "2e-4"}})
+    assert validate(parse_yaml(dump_yaml(config))) == config
+    longer = validate({"train": {"steps": 9}, "optim": {"lr": 2e-4}, "logging": {"every": 3}, "checkpoint": {"every": 7}})
+    assert differing_keys(config, longer) == {}
+    other = validate({"train": {"steps": 5, "seed": 1}, "optim": {"lr": 3e-4}})
+    assert differing_keys(config, other) == {"optim.lr": (2e-4, 3e-4), "train.seed": (0, 1)}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 64), st.integers(1, 12), st.integers(0, 3))
+def test_batches_divide_or_say_which_worlds_do(total: int, world: int, accumulation: int) -> None:
+    """Brute force: a world divides when whole micro-batches times accumulation make up the batch."""
+    config = Config.model_validate({"train": {"batch_size": total, "accumulation": accumulation or None}})
+    possible = [w for w in range(1, total + 1) if total % (w * (accumulation or 1)) == 0]
+    if world in possible:
+        plan = config.batch(world)
+        assert plan.micro * plan.accumulation * plan.world == plan.total == total
+    else:
+        with pytest.raises(ConfigError) as caught:
+            config.batch(world)
+        assert str(possible) in str(caught.value)
+
+
+def test_micro_batch_is_kept_and_accumulation_follows() -> None:
+    config = Config.model_validate({"train": {"batch_size": 24, "micro_batch": 4}})
+    assert [config.batch(w).accumulation for w in (1, 2, 3, 6)] == [6, 3, 2, 1]
+    with pytest.raises(ConfigError, match=r"\[1, 2, 3, 6\]"):
+        config.batch(4)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)),
+                    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)),
+                    max_leaves=6), st.sampled_from(["train", "optim", "model", "data", "logging", "x"]))  # fmt: skip
+def test_anything_is_accepted_or_a_typed_error(value: object, group: str) -> None:
+    try:
+        validate({group: value})
+    except ConfigError:
+        pass

@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from longskip.errors import ConditioningError, SpecError
+from longskip.kernels.mlp import mlp
 from longskip.models.conditioning import Conditioning
 from longskip.models.presets import PRESETS, preset
 from longskip.models.specs import UViTSpec
@@ -237,6 +239,25 @@ def test_checkpointing_gives_the_same_bits() -> None:
             results.append((out.detach(), [grad_of(p) for p in model.parameters()]))
         assert torch.equal(results[0][0], results[1][0])
         assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+@pytest.mark.parametrize("layout", ["named", "flat"])
+def test_checkpointing_lets_go_of_activations(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the forward pass no block's MLP input is alive; without checkpointing all are."""
+    seen: list[StorageWeakRef] = []
+
+    def watched(x: Tensor, *args: Tensor, activation: str) -> Tensor:
+        seen.append(StorageWeakRef(x.untyped_storage()))
+        return mlp(x, *args, activation=activation)
+
+    monkeypatch.setattr("longskip.models.uvit.mlp", watched)
+    for checkpointing in (False, True):
+        model = model_of(BASE, layout)
+        model.checkpointing = checkpointing
+        seen.clear()
+        out = model(*inputs(BASE))
+        assert [reference.expired() for reference in seen] == [checkpointing] * BASE.n_blocks
+        assert out.requires_grad
 
 
 def test_computation_follows_the_parameters_dtype() -> None:

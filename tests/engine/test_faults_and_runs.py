@@ -1,0 +1,119 @@
+"""Fault points, the run folder's lock and files, and what a real full disk does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from longskip.engine import checkpoint, faults
+from longskip.engine.runs import RunFolder, append_json, write_atomic
+from longskip.errors import CheckpointError, ConfigError, RunMismatchError
+from tests.ranks import run_ranks, small_config, train_ranks
+
+
+def test_fault_points_are_named() -> None:
+    assert faults.parse("save.begin:kill:rank=1:step=6;step.done:sleep") == (
+        faults.Fault("save.begin", "kill", 1, 6),
+        faults.Fault("step.done", "sleep"),
+    )
+    for wrong in ("nowhere:kill", "save.begin:explode", "save.begin:kill:rank=x", "save.begin:kill:when=3"):
+        with pytest.raises(ConfigError, match="LONGSKIP_FAULT"):
+            faults.parse(wrong)
+    passed = {line.split('faults.point("')[1].split('"')[0]
+              for file in Path(faults.__file__).parent.glob("*.py") for line in file.read_text().splitlines()
+              if 'faults.point("' in line}  # fmt: skip
+    assert passed == set(faults.POINTS)
+
+
+def test_writes_are_atomic_and_lines_whole(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "a.json", "one")
+    write_atomic(tmp_path / "a.json", "two")
+    assert (tmp_path / "a.json").read_text() == "two" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    for i in range(3):
+        append_json(tmp_path / "lines", {"i": i, "text": "é\n"})
+    assert [json.loads(line)["i"] for line in (tmp_path / "lines").read_text().splitlines()] == [0, 1, 2]
+
+
+def test_another_configuration_is_refused_with_the_differing_keys(shapes: Path, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    config = small_config(shapes)
+    assert run.check(config) is False
+    run.write_identity(config, {}, {"name": "run"})
+    assert run.check(config) is True
+    assert run.check(small_config(shapes, train={"steps": 99}, logging={"every": 7})) is True
+    with pytest.raises(RunMismatchError, match=r"deepspeed\.zero_stage: 3 saved, 1 now.*optim\.lr"):
+        run.check(small_config(shapes, optim={"lr": 5e-4}, deepspeed={"zero_stage": 1}))
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        ("{", "no readable manifest"),
+        ("[]", "is not a longskip-checkpoint"),
+        ('{"format": "longskip-checkpoint", "version": 99}', "version 99"),
+        ('{"format": "longskip-checkpoint", "version": 1}', "lists no files"),
+        ('{"format": "longskip-checkpoint", "version": 1, "tensors": {}, "files": {"../x": {}}}', "not a file of this folder"),
+        ('{"format": "longskip-checkpoint", "version": 1, "tensors": {}, "files": {"/etc/passwd": {}}}', "not a file"),
+        ('{"format": "longskip-checkpoint", "version": 1, "tensors": {}, "files": {"a.safetensors": {"bytes": 1, "sha256": ""}}}', "is missing"),
+    ],
+)  # fmt: skip
+def test_hostile_manifests_are_refused(tmp_path: Path, manifest: str, message: str) -> None:
+    folder = tmp_path / "step-00000001"
+    folder.mkdir()
+    (folder / "manifest.json").write_text(manifest)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.verify(folder)
+    assert checkpoint.newest(tmp_path)[0] is None
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):  # type: ignore[no-untyped-def]
+    """A file system of 6 MiB; needs root."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", folder]).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_disk_that_is_really_full(shapes: Path, small_disk: Path) -> None:
+    """One checkpoint (5 MB) fits, a second beside it does not: the run says so, goes on, and the first one verifies."""
+    run = small_disk / "run"
+    config = small_config(shapes, train={"steps": 8}, checkpoint={"every": 3}, logging={"every": 4})
+    assert train_ranks(2, config, run) == [1, 1]  # the last save is the result: without it the run has failed
+    assert [p.name for p in checkpoint.steps_in(run / "checkpoints")] == ["step-00000003"]
+    checkpoint.verify(run / "checkpoints" / "step-00000003")
+    incidents = [json.loads(line) for line in (run / "incidents.jsonl").read_text().splitlines()]
+    assert [i["kind"] for i in incidents] == ["disk_full", "error"] and "are free" in incidents[0]["detail"]
+
+
+def _non_finite(config: object, run: Path) -> None:
+    import torch
+
+    from longskip.engine.distributed import join
+    from longskip.engine.trainer import fit, prepare
+    from longskip.errors import NonFiniteLossError
+
+    world = join()
+    job = prepare(config, run, world)  # type: ignore[arg-type]
+    before = {item.name: job.shards.tensor(item, "weight").clone() for item in job.shards.slices}
+    if world.rank == 1:
+        loss, job.flow = job.flow.loss, job.flow  # one rank's loss turns NaN
+        object.__setattr__(job.flow, "loss", lambda *a: loss(*a) * float("nan"))
+    with pytest.raises(NonFiniteLossError, match="step 1"):
+        fit(job)
+    for item in job.shards.slices:
+        assert torch.equal(job.shards.tensor(item, "weight"), before[item.name])
+    job.close("failed")
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_step(shapes: Path, tmp_path: Path, stage: int) -> None:
+    run = tmp_path / "run"
+    assert run_ranks(2, _non_finite, small_config(shapes, deepspeed={"zero_stage": stage}), run) == [0, 0]
+    assert json.loads((run / "incidents.jsonl").read_text().splitlines()[0])["kind"] == "non_finite_loss"

@@ -19,7 +19,9 @@ from longskip.engine.configio import merge, validate
 from longskip.engine.ports import free_port
 
 
-def run_ranks(world: int, act: Callable[..., Any], *arguments: Any, environment: dict[str, str] | None = None) -> list[int]:
+def run_ranks(
+    world: int, act: Callable[..., Any], *arguments: Any, environment: dict[str, str] | None = None
+) -> list[int]:
     """Run ``act(*arguments)`` on ``world`` forked ranks; returns their exit codes (negative: killed by that signal).
 
     An integer returned by ``act`` is the rank's exit code.

@@ -19,6 +19,7 @@ from longskip.engine.runs import write_atomic
 from longskip.engine.shards import Kind, Shards
 from longskip.errors import BadSampleError, ConfigError
 from longskip.models.init import initial_value
+from longskip.models.packed import Layout
 from longskip.models.system import TextToImage
 from longskip.models.text import WordEncoder
 from longskip.models.uvit import UViT
@@ -49,7 +50,7 @@ def load_vocabulary(path: Path) -> Vocabulary:
     return Vocabulary.from_json(json.loads(path.read_text("utf-8")))
 
 
-def build_model(config: Config, vocabulary_size: int, *, layout: str | None = None) -> TextToImage:
+def build_model(config: Config, vocabulary_size: int, *, layout: Layout | None = None) -> TextToImage:
     """The model of a configuration on the meta device; no value is set yet."""
     layout = layout or config.engine.layout
     text = config.text_encoder(vocabulary_size)

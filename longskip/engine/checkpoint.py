@@ -236,9 +236,10 @@ def newest_for_all(checkpoints: Path, rank: int) -> tuple[Path | None, list[str]
     """``newest`` as rank 0 finds it, on every rank (one file system, one verdict)."""
     found: Any = None
     if rank == 0:
-        path, complaints = newest(checkpoints, mark_bad=True)
-        found = [path.name if path else None, complaints]
-    name, complaints = broadcast_object(found)  # type: ignore[misc]
+        path, wrong = newest(checkpoints, mark_bad=True)
+        found = [path.name if path else None, wrong]
+    agreed: Any = broadcast_object(found)
+    name, complaints = agreed
     return (checkpoints / name if name else None), complaints
 
 

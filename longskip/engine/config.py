@@ -205,7 +205,9 @@ class Config(Group):
     def _consistent(self) -> Config:
         spec = self.backbone()  # raises SpecError with its cure before anything is built
         if self.encoders.text.kind == "none" and self.diffusion.caption_dropout > 0 and spec.n_txt == 0:
-            raise ValueError("diffusion.caption_dropout needs a text encoder; set it to 0 or encoders.text.kind to words")
+            raise ValueError(
+                "diffusion.caption_dropout needs a text encoder; set it to 0 or encoders.text.kind to words"
+            )
         if self.train.micro_batch and self.train.accumulation:
             share = self.train.micro_batch * self.train.accumulation
             if self.train.batch_size % share:

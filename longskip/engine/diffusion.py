@@ -29,7 +29,12 @@ class Flow:
         return (1 - t) * clean + t * noise
 
     def loss(
-        self, prediction: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor, time: torch.Tensor, weight: torch.Tensor
+        self,
+        prediction: torch.Tensor,
+        clean: torch.Tensor,
+        noise: torch.Tensor,
+        time: torch.Tensor,
+        weight: torch.Tensor,
     ) -> torch.Tensor:
         """Per-sample losses (B,), fp32, mean squared error of the velocity; ``weight`` (B,) is 0 for bad samples."""
         return diffusion_loss(

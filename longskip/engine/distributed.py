@@ -132,4 +132,3 @@ def gather_objects(value: object) -> list[object]:
     parts = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in range(size)]
     torch.distributed.all_gather(parts, padded)
     return [json.loads(bytes(part[: int(n)].tolist()).decode()) for part, n in zip(parts, lengths, strict=True)]
-

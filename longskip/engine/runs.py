@@ -127,7 +127,7 @@ class RunFolder:
 
 def environment() -> dict[str, Any]:
     """What this run is made of: versions, machine, threads; no environment variable that could hold a secret."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in ("torch", "deepspeed", "triton", "webdataset", "numpy", "safetensors", "pydantic", "fvcore"):
         try:
             versions[package] = metadata.version(package)

@@ -105,5 +105,3 @@ def read_prompts(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise LongskipError(f"cannot read prompts from {path}: {error}") from None
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-
-

@@ -307,9 +307,7 @@ def prepare(config: Config, run_path: Path, world: World) -> Job:
 
     model = build.build_model(config, len(vocabulary))
     n_parameters = sum(_numel(shape) for _, _, _, shape in model.canonical())
-    ds_config = build.deepspeed_config(
-        config, batch, n_parameters=n_parameters, cuda=world.device.type == "cuda"
-    )
+    ds_config = build.deepspeed_config(config, batch, n_parameters=n_parameters, cuda=world.device.type == "cuda")
     backends.configure(config.kernels.by_op())
     engine, optimizer, shards = build.build_engine(config, model, world, ds_config)
     cost = step_cost(config, batch, n_parameters)

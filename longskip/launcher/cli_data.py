@@ -88,8 +88,12 @@ def lint(path: PathArgument, as_json: JsonOption = False) -> None:
     if as_json:
         print(json.dumps(found.to_json()))
     else:
-        print(found)
-    raise typer.Exit(0 if found.clean else 1)
+        print(f"{found.good:,} of {found.samples:,} samples can be trained on; {found.sha256_checked} shard(s) hashed")
+        for reason, count in sorted(found.counts.items()):
+            print(f"  {reason}: {count:,}")
+        for name, reason, detail in found.examples:
+            print(f"    {name}: {reason} ({detail})")
+    raise typer.Exit(0 if found.ok else 1)
 
 
 @app.command()

@@ -27,7 +27,9 @@ _IMPORTS = {"pillow": "PIL", "PyYAML": "yaml", "flash-attn": "flash_attn", "nvid
 def examine() -> list[dict[str, Any]]:
     """Findings ``{"what", "version", "usable", "required", "note"}``, without changing anything."""
     findings = [_python()]
-    findings += [_package(name, required=True, note="") for name in REQUIRED if name != "triton" or sys.platform == "linux"]
+    findings += [
+        _package(name, required=True, note="") for name in REQUIRED if name != "triton" or sys.platform == "linux"
+    ]
     findings += [_package(name, required=False, note=note) for name, note in OPTIONAL.items()]
     findings += [_devices(), _backends(), _emoji_font(), _disk()]
     return findings
@@ -58,7 +60,9 @@ def _devices() -> dict[str, Any]:
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return _finding("devices", f"{len(names)} × CUDA", True, ", ".join(sorted(set(names))))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return _finding("devices", "CPU", True, f"{cores} cores, no GPU: training runs, on gloo; speed figures are no claims")
+    return _finding(
+        "devices", "CPU", True, f"{cores} cores, no GPU: training runs, on gloo; speed figures are no claims"
+    )
 
 
 def _backends() -> dict[str, Any]:

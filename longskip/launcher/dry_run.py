@@ -19,8 +19,12 @@ def show(config: Config, run: Path) -> None:
     n = spec.param_counts().total
     print(dump_yaml(config))
     print(f"run folder        {run}{' (there already: it would resume)' if (run / 'config.yaml').is_file() else ''}")
-    print(f"backbone          {config.model.preset}: {n:,} parameters, {spec.n_blocks} blocks, {spec.n_skips} long skips")
-    print(f"tokens per image  {cost.tokens} = {cost.image_tokens} image + {cost.tokens - cost.image_tokens} time and text")
+    print(
+        f"backbone          {config.model.preset}: {n:,} parameters, {spec.n_blocks} blocks, {spec.n_skips} long skips"
+    )
+    print(
+        f"tokens per image  {cost.tokens} = {cost.image_tokens} image + {cost.tokens - cost.image_tokens} time and text"
+    )
     print(f"model FLOPs       {cost.model_flops:,} per image (forward and backward)")
     total = cost.model_flops * config.train.batch_size * config.train.steps
     print(f"                  {total:.4g} for {config.train.steps:,} steps of {config.train.batch_size}")
@@ -35,5 +39,3 @@ def show(config: Config, run: Path) -> None:
     except ConfigError:
         return
     print(json.dumps(deepspeed_config(config, shown, n_parameters=n, cuda=False), indent=1))
-
-

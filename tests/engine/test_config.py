@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -63,14 +64,16 @@ def test_extends_and_overrides(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("extends: run.yaml\n")
     with pytest.raises(ConfigError, match="circle"):
         load_config(tmp_path / "run.yaml")
-    with pytest.raises(ConfigError, match="group.key=value"):
+    with pytest.raises(ConfigError, match="of the form"):
         parse_override("--lr")
 
 
 def test_round_trip_and_what_may_change_on_resume() -> None:
     config = validate({"train": {"steps": 5}, "optim": {"lr": "2e-4"}})
     assert validate(parse_yaml(dump_yaml(config))) == config
-    longer = validate({"train": {"steps": 9}, "optim": {"lr": 2e-4}, "logging": {"every": 3}, "checkpoint": {"every": 7}})
+    longer = validate(
+        {"train": {"steps": 9}, "optim": {"lr": 2e-4}, "logging": {"every": 3}, "checkpoint": {"every": 7}}
+    )
     assert differing_keys(config, longer) == {}
     other = validate({"train": {"steps": 5, "seed": 1}, "optim": {"lr": 3e-4}})
     assert differing_keys(config, other) == {"optim.lr": (2e-4, 3e-4), "train.seed": (0, 1)}
@@ -103,7 +106,5 @@ def test_micro_batch_is_kept_and_accumulation_follows() -> None:
                     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)),
                     max_leaves=6), st.sampled_from(["train", "optim", "model", "data", "logging", "x"]))  # fmt: skip
 def test_anything_is_accepted_or_a_typed_error(value: object, group: str) -> None:
-    try:
+    with contextlib.suppress(ConfigError):
         validate({group: value})
-    except ConfigError:
-        pass

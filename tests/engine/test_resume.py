@@ -26,9 +26,7 @@ STEPS = 9
 
 
 def config_of(shapes: Path) -> Config:
-    return small_config(
-        shapes, train={"steps": STEPS}, checkpoint={"every": 3, "keep_last": 2}, logging={"every": 2}
-    )
+    return small_config(shapes, train={"steps": STEPS}, checkpoint={"every": 3, "keep_last": 2}, logging={"every": 2})
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +57,11 @@ def assert_same_run(run: Path, straight: Path) -> None:
     assert ours_sums.spent.steps >= ours_sums.committed.steps == STEPS
 
 
-FAST = ["step.backward:kill:rank=1:step=5", "save.shard_half:kill:rank=1:step=6", "save.before_rename:kill:rank=0:step=6"]
+FAST = [
+    "step.backward:kill:rank=1:step=5",
+    "save.shard_half:kill:rank=1:step=6",
+    "save.before_rename:kill:rank=0:step=6",
+]
 SLOW = [
     "step.begin:kill:rank=0:step=1",
     "step.done:kill:rank=0:step=8",
@@ -87,10 +89,15 @@ def test_a_signal_saves_and_the_same_command_goes_on(shapes: Path, straight: Pat
     assert train_ranks(2, config, run, "step.begin:term:rank=1:step=5") == [EXIT_SAVED, EXIT_SAVED]
     assert [p.name for p in checkpoint.steps_in(run / "checkpoints")] == ["step-00000003", "step-00000005"]
     assert train_ranks(2, config, run) == [0, 0]
-    saved_at = {entry.resumed_from for entry in ledger.read(run / "ledger.jsonl").entries if hasattr(entry, "resumed_from")}
+    saved_at = {
+        entry.resumed_from for entry in ledger.read(run / "ledger.jsonl").entries if hasattr(entry, "resumed_from")
+    }
     assert saved_at == {0, 5}
     final = f"step-{STEPS:08d}"
-    with checkpoint.Archive(run / "checkpoints" / final) as a, checkpoint.Archive(straight / "checkpoints" / final) as b:
+    with (
+        checkpoint.Archive(run / "checkpoints" / final) as a,
+        checkpoint.Archive(straight / "checkpoints" / final) as b,
+    ):
         for kind in KINDS:
             ours, theirs = a.full(kind), b.full(kind)
             assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
@@ -104,7 +111,9 @@ def test_a_finished_run_is_done(shapes: Path, straight: Path, tmp_path: Path) ->
     assert {p: p.stat().st_mtime_ns for p in (straight / "checkpoints").rglob("*") if p.is_file()} == before
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoint_and_training_goes_on(shapes: Path, straight: Path, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_training_goes_on(
+    shapes: Path, straight: Path, tmp_path: Path
+) -> None:
     run, config = tmp_path / "run", config_of(shapes)
     assert train_ranks(2, config, run, "save.shard_half:disk_full:rank=1:step=6") == [0, 0]
     assert [p.name for p in checkpoint.steps_in(run / "checkpoints")] == ["step-00000003", "step-00000009"]

@@ -12,9 +12,9 @@ from longskip.engine.diffusion import Flow, guided
 from longskip.engine.drawing import Drawing, draw, repeats_of
 from longskip.engine.optim import ema_decay, learning_rate
 from longskip.engine.samplers import evaluations, integrate
-from longskip.models.system import TextToImage
 from longskip.models.presets import preset
 from longskip.models.specs import TextEncoderSpec
+from longskip.models.system import TextToImage
 from longskip.models.text import WordEncoder
 from longskip.models.uvit import UViT
 

@@ -72,7 +72,9 @@ def test_stages_ranks_and_layouts_agree(shapes: Path, stage0: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("stage", "world", "layout"), [(1, 2, "named"), (3, 2, "flat"), (3, 2, "named")])
-def test_initial_parameters_are_bitwise_equal(shapes: Path, tmp_path: Path, stage: int, world: int, layout: str) -> None:
+def test_initial_parameters_are_bitwise_equal(
+    shapes: Path, tmp_path: Path, stage: int, world: int, layout: str
+) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     base = {"deepspeed": {"zero_stage": 0}, "train": {"dtype": "bf16"}}
     assert run_ranks(1, _prepare_and_save, small_config(shapes, **base), one) == [0]
@@ -84,7 +86,9 @@ def test_initial_parameters_are_bitwise_equal(shapes: Path, tmp_path: Path, stag
         assert torch.equal(ours[name], theirs[name]), name
 
 
-def bare_loop(config: Config, vocabulary_file: Path) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def bare_loop(
+    config: Config, vocabulary_file: Path
+) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The same training without DeepSpeed, our optimizer, shards or kernels' loss: plain torch in fp32."""
     vocabulary = load_vocabulary(vocabulary_file)
     model = build_model(config, len(vocabulary), layout="named").materialize(config.train.seed)
@@ -137,7 +141,9 @@ def test_engine_equals_a_bare_torch_loop_and_its_unsharded_ema(shapes: Path, tmp
     sharded = weights(run, "ema")
     apart = max(float((sharded[n] - ema[n]).abs().max()) for n in ema)
     moved = max(float((final[n] - ema[n]).abs().max()) for n in ema)
-    print(f"engine against bare loop: losses {worst:.2e} relative; EMA {apart:.2e} absolute (EMA to weights {moved:.2e})")
+    print(
+        f"engine against bare loop: losses {worst:.2e} relative; EMA {apart:.2e} absolute (EMA to weights {moved:.2e})"
+    )
     assert worst <= 1e-6
     assert apart <= 1e-6 < moved
 
@@ -155,7 +161,9 @@ def test_evaluation_and_samples_leave_training_bitwise_unchanged(shapes: Path, t
         ours, theirs = weights(busy, kind), weights(quiet, kind)
         assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
     assert (busy / "samples" / "step-00000007" / "grid.png").is_file()
-    validation = [json.loads(line) for line in (busy / "metrics.jsonl").read_text().splitlines() if "validation" in line]
+    validation = [
+        json.loads(line) for line in (busy / "metrics.jsonl").read_text().splitlines() if "validation" in line
+    ]
     assert [v["step"] for v in validation] == [4, 8, 12, 16, 20]
     assert all(np.isfinite(v["validation/loss"]) and len(v["validation/loss_bins"]) == 4 for v in validation)
 

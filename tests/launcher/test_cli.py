@@ -93,8 +93,10 @@ def test_evaluate_and_report(trained: Path, monkeypatch: pytest.MonkeyPatch) -> 
     page = longskip("report", "run")
     assert page.returncode == 0, page.stderr
     html = (trained / "runs" / "run" / "report.html").read_text()
-    assert page.stdout.strip().endswith("report.html") and "uvit-tiny" in html and "http://" not in html.replace(
-        "http://www.w3.org", ""
+    assert (
+        page.stdout.strip().endswith("report.html")
+        and "uvit-tiny" in html
+        and "http://" not in html.replace("http://www.w3.org", "")
     )
 
 
@@ -104,7 +106,7 @@ def test_refusals_on_a_run(trained: Path, monkeypatch: pytest.MonkeyPatch) -> No
     before = (trained / "runs" / "run" / "metrics.jsonl").read_bytes()
     cases = [
         (("train", "run.yaml", "optim.lr=9e-9"), 2, ["optim.lr", "train.name"]),
-        (("sample", "run", "--prompt", "word " * 40), 1, ["40 tokens", "limit of 16"]),
+        (("sample", "run", "--prompt", "red " * 40), 1, ["40 tokens", "the limit is 16"]),
         (("sample", "run"), 2, ["--prompt"]),
         (("sample", "nowhere", "--prompt", "x"), 2, ["nowhere", "run"]),
         (("sample", "run", "--prompt", "x", "--checkpoint", "77"), 1, ["77", "step-00000006"]),
@@ -157,7 +159,9 @@ def test_a_plain_folder_trains_without_conversion(shapes: Path, in_tmp: Path) ->
         (folder / f"{i:03d}.png").write_bytes(raw.image)
         (folder / f"{i:03d}.txt").write_text(raw.captions[0][0])
     (folder / "007.png").write_bytes(b"this is no picture")
-    made = longskip("config", "new", "--preset", "uvit-tiny", "--data", "pictures", "--out", "mine.yaml", "--steps", "3")
+    made = longskip(
+        "config", "new", "--preset", "uvit-tiny", "--data", "pictures", "--out", "mine.yaml", "--steps", "3"
+    )
     assert made.returncode == 0, made.stderr
     overrides = ["train.batch_size=8", "logging.samples_every=0", "logging.every=1", "data.max_bad_share=0.2"]
     done = longskip("train", "mine.yaml", *overrides)
@@ -209,7 +213,9 @@ def test_data_commands(in_tmp: Path) -> None:
     assert longskip("data", "lint", "s").returncode == 1
     (in_tmp / "p").mkdir()
     Image.new("RGB", (20, 20), "red").save(in_tmp / "p" / "a.png")
-    (in_tmp / "p" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "red"}\n{"file_name": "b.png", "text": "no"}\n')
+    (in_tmp / "p" / "metadata.jsonl").write_text(
+        '{"file_name": "a.png", "text": "red"}\n{"file_name": "b.png", "text": "no"}\n'
+    )
     packed = longskip("data", "pack", "p", "out", "--json")
     assert packed.returncode == 0 and json.loads(packed.stdout)["packed"] == 1, packed.stderr
     (in_tmp / "out" / "index.json").unlink()

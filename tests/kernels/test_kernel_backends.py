@@ -95,6 +95,13 @@ def test_the_call_itself_is_served_by_the_choice(monkeypatch: pytest.MonkeyPatch
     assert calls == ["spy", "spy"]
 
 
+def test_registering_again_replaces_what_was_resolved() -> None:
+    x, gate = torch.randn(2, 3, 4), torch.randn(2, 4)
+    assert kernels.gated_residual(x, x, gate) is not x
+    backends.register("gated_residual", "torch")(lambda x, y, gate: x)
+    assert kernels.gated_residual(x, x, gate) is x
+
+
 def test_an_unregistered_backend_is_an_error_and_not_a_fallback() -> None:
     x = torch.randn(2, 3)
     with kernels.use("triton", "norm"):

@@ -57,6 +57,35 @@ def test_sums_over_many_rows_are_kept_wide(case: Case, backend: str, dtype: torc
             assert error <= limit * reference[f"d{name}"].abs().max(), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("op", ["adaln", "gated_adaln", "layer_norm"])
+def test_saved_statistics_are_float32(op: str, backend: str, dtype: torch.dtype) -> None:
+    """Rows of width 2: x̂ is ±1 and dx is a difference of nearly equal numbers, lost if rstd was kept in half.
+
+    dx is then eps rstd³ times the gradients' difference, so an rstd that is off by u moves dx by u rstd |g|, which is
+    larger by var / eps. In float32 the result is right to the dtype's rounding, here within 4 of its steps.
+    """
+    shapes: dict[str, tuple[int, ...]] = {"x": (1, 33, 2)}
+    vectors = {"adaln": ("shift", "scale"), "gated_adaln": ("gate", "shift", "scale"), "layer_norm": ()}[op]
+    shapes |= {"y": (1, 33, 2)} if op == "gated_adaln" else {}
+    case = Case(op, "width-2", {**shapes, **dict.fromkeys(vectors, (1, 2))}, {}, {"eps": 1e-2})
+    values = case.cast(case.values(), dtype)
+    if op == "gated_adaln":
+        values["y"].zero_()  # the sum is x to the bit, whatever rounds
+    # No gradient into the sum itself: adding one to dx in half precision may cancel, which is not the statistics' doing.
+    silent = [torch.zeros(1, 33, 2)] * (op == "gated_adaln")
+    ours, cotangents = run(case, values, backend, [*silent, _signs()])
+    reference = exact(case, values, cotangents)
+    torch.testing.assert_close(
+        ours["dx"].to(FLOAT64), reference["dx"], rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps * 0.01
+    )
+
+
+def _signs() -> Tensor:
+    return torch.tensor([1.0, -0.5], dtype=FLOAT64).expand(1, 33, 2)
+
+
 def layout(value: Tensor, kind: str) -> Tensor:
     """The same values laid out otherwise."""
     if kind == "strided":

@@ -14,10 +14,12 @@ EXIT_SAVED = 75
 class LongskipError(Exception):
     """Base of everything longskip raises on purpose; shown without a traceback by the command line.
 
-    ``cure`` says what the user can do; it is appended to the message.
+    ``cure`` says what the user can do; it is appended to the message. ``alike`` is set where every rank raises the same
+    error, so that it is shown once.
     """
 
     exit_code = EXIT_FAILED
+    alike = False
 
     def __init__(self, message: str, *, cure: str | None = None) -> None:
         self.message = message

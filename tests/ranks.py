@@ -17,6 +17,9 @@ from typing import Any
 from longskip.engine.config import Config
 from longskip.engine.configio import merge, validate
 from longskip.engine.ports import free_port
+from longskip.errors import LongskipError
+
+PUT_DOWN = -1000
 
 
 def run_ranks(
@@ -24,7 +27,8 @@ def run_ranks(
 ) -> list[int]:
     """Run ``act(*arguments)`` on ``world`` forked ranks; returns their exit codes (negative: killed by that signal).
 
-    An integer returned by ``act`` is the rank's exit code.
+    An integer returned by ``act`` is the rank's exit code. A rank that this function killed because another one had
+    failed has the code ``PUT_DOWN``. Raises TimeoutError when ranks hang.
     """
     context = multiprocessing.get_context("fork")
     port = free_port()
@@ -42,26 +46,33 @@ def run_ranks(
         process.start()
         processes.append(process)
     deadline = time.monotonic() + 240
-    while any(p.is_alive() for p in processes):
-        failed = [p for p in processes if p.exitcode not in (None, 0, 75)]
-        if failed or time.monotonic() > deadline:
-            time.sleep(0.3)
+    ended: dict[int, int] = {}  # the codes of ranks that ended by themselves
+    while len(ended) < world:
+        ended |= {rank: int(p.exitcode) for rank, p in enumerate(processes) if p.exitcode is not None}
+        hung = time.monotonic() > deadline
+        if hung or any(code not in (0, 75) for code in ended.values()):
+            time.sleep(1.0)  # ranks that fail together are given the time to say so themselves
+            ended |= {rank: int(p.exitcode) for rank, p in enumerate(processes) if p.exitcode is not None}
             for process in processes:
-                if process.is_alive():
-                    process.kill()
+                process.kill()
+                process.join()
+            if hung:
+                raise TimeoutError(f"ranks {sorted(set(range(world)) - set(ended))} of {world} hung")
+            return [ended.get(rank, PUT_DOWN) for rank in range(world)]
         time.sleep(0.02)
-    for process in processes:
-        process.join()
-    return [int(p.exitcode if p.exitcode is not None else -1) for p in processes]
+    return [ended[rank] for rank in range(world)]
 
 
 def _child(variables: dict[str, str], act: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.environ.update(variables)
     try:
         code = act(*arguments)
+    except LongskipError as error:
+        print(f"rank {variables['RANK']}: {type(error).__name__}: {error}", flush=True)
+        os._exit(error.exit_code)
     except BaseException:
         traceback.print_exc()
-        os._exit(1)
+        os._exit(99)
     os._exit(code if isinstance(code, int) else 0)
 
 

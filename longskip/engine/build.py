@@ -81,7 +81,12 @@ def deepspeed_config(config: Config, batch: BatchPlan, *, n_parameters: int, cud
         "allgather_bucket_size": bucket,
     }
     if config.deepspeed.zero_stage == 3:
-        zero |= {"stage3_prefetch_bucket_size": bucket // 4 + 1, "stage3_max_live_parameters": int(1e9)}
+        zero |= {
+            "stage3_prefetch_bucket_size": bucket // 4 + 1,
+            "stage3_max_live_parameters": int(1e9),
+            # It would replace torch's F.linear for the whole process; Packed.guard does what it is for.
+            "memory_efficient_linear": False,
+        }
     ours: dict[str, Any] = {
         "train_batch_size": batch.total,
         "train_micro_batch_size_per_gpu": batch.micro,
@@ -98,9 +103,17 @@ def deepspeed_config(config: Config, batch: BatchPlan, *, n_parameters: int, cud
     return _merge_user(_read_user(Path(config.deepspeed.config)), ours, config.deepspeed.config)
 
 
-# A user's file may tune these; for all else that longskip sets, its own YAML is the one place.
-_TUNABLE = {"overlap_comm", "reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"}
-_TUNABLE |= {"stage3_max_live_parameters", "contiguous_gradients", "steps_per_print", "wall_clock_breakdown"}
+# What a user's file may tune. Everything else that it names is either set from the YAML or changes what the shards,
+# checkpoints and counters rely on, and is refused.
+_TUNABLE_ZERO = {
+    "overlap_comm", "reduce_bucket_size", "allgather_bucket_size", "contiguous_gradients", "reduce_scatter",
+    "round_robin_gradients", "sub_group_size", "stage3_prefetch_bucket_size", "stage3_max_live_parameters",
+    "stage3_max_reuse_distance", "stage3_param_persistence_threshold", "stage3_model_persistence_threshold",
+}  # fmt: skip
+_TUNABLE = {
+    "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "comms_logger", "flops_profiler",
+    "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "dump_state",
+}  # fmt: skip
 
 
 def _read_user(path: Path) -> dict[str, Any]:
@@ -110,20 +123,23 @@ def _read_user(path: Path) -> dict[str, Any]:
         raise ConfigError(f"deepspeed.config: cannot read {path} ({error})") from None
     if not isinstance(user, dict):
         raise ConfigError(f"deepspeed.config: {path} holds no JSON object")
-    for ours in ("optimizer", "scheduler"):
-        if ours in user:
-            raise ConfigError(f"deepspeed.config: {path} sets {ours!r}", cure="set the optim group of the YAML instead")
     return user
 
 
 def _merge_user(user: dict[str, Any], ours: dict[str, Any], name: str, path: str = "") -> dict[str, Any]:
     merged = dict(ours)
+    tunable = _TUNABLE_ZERO if path == "zero_optimization." else _TUNABLE if not path else set()
     for key, value in user.items():
         where = f"{path}{key}"
-        if key not in ours or key in _TUNABLE:
+        if key in tunable:
             merged[key] = value
-        elif isinstance(value, dict) and isinstance(ours[key], dict):
+        elif isinstance(value, dict) and isinstance(ours.get(key), dict):
             merged[key] = _merge_user(value, ours[key], name, f"{where}.")
+        elif key not in ours:
+            raise ConfigError(
+                f"deepspeed.config: {name} sets {where}, which longskip does not take from there",
+                cure=f"set it in the YAML, or leave it out; what may be tuned: {', '.join(sorted(_TUNABLE | _TUNABLE_ZERO))}",
+            )
         elif value not in (ours[key], "auto"):
             raise ConfigError(
                 f"deepspeed.config: {name} says {where} = {value!r}, the run's configuration {ours[key]!r}",

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,31 +45,46 @@ def save(checkpoints: Path, step: int, shards: Shards, state: dict[str, Any], *,
     """
     final, temporary = checkpoints / f"step-{step:08d}", checkpoints / f"step-{step:08d}.tmp"
     faults.point("save.begin", step=step)
-    if shards.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    made = _attempt(lambda: _fresh_folder(temporary) if shards.rank == 0 else {})
     barrier()
-    written: dict[str, Any]
-    try:
-        written = {"files": _write_rank(temporary, step, shards)}
-    except (OSError, CheckpointError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or isinstance(error, DiskFullError)
-        written = {"error": str(error), "disk_full": full}
+    written = made if "error" in made else _attempt(lambda: {"files": _write_rank(temporary, step, shards)})
     everyone: list[Any] = gather_objects(written)
     failed = [part for part in everyone if "error" in part]
+    if not failed:
+        files = {name: entry for part in everyone for name, entry in part["files"].items()}
+
+        def commit() -> dict[str, Any]:
+            _commit(temporary, final, step, shards, state, files)
+            _prune(checkpoints, keep_last, final)
+            return {}
+
+        committed: Any = broadcast_object(_attempt(commit) if shards.rank == 0 else None)
+        failed = [committed] if "error" in committed else []
     if failed:
         if shards.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         barrier()
         kind = DiskFullError if any(part["disk_full"] for part in failed) else CheckpointError
-        raise kind(f"checkpoint of step {step} was not written: {failed[0]['error']}", cure=f"free space for {final}")
-    if shards.rank == 0:
-        files = {name: entry for part in everyone for name, entry in part["files"].items()}
-        _commit(temporary, final, step, shards, state, files)
-        _prune(checkpoints, keep_last)
-    barrier()
+        error = kind(f"checkpoint of step {step} was not written: {failed[0]['error']}", cure=f"free space for {final}")
+        error.alike = True
+        raise error
     faults.point("save.done", step=step)
     return final
+
+
+def _attempt(act: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """``act``'s result, or its failure as a value that can be sent to the other ranks."""
+    try:
+        return act()
+    except (OSError, CheckpointError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or isinstance(error, DiskFullError)
+        return {"error": str(error), "disk_full": full}
+
+
+def _fresh_folder(path: Path) -> dict[str, Any]:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return {}
 
 
 def _write_rank(folder: Path, step: int, shards: Shards) -> dict[str, dict[str, Any]]:
@@ -135,14 +150,21 @@ def _commit(
     os.replace(final.parent / ".latest.tmp", final.parent / "latest")
 
 
-def _prune(checkpoints: Path, keep_last: int) -> None:
-    for path in steps_in(checkpoints)[:-keep_last]:
+def _prune(checkpoints: Path, keep_last: int, committed: Path) -> None:
+    """Keep the ``keep_last`` newest up to the one just committed; whatever lies past it is none of ours to judge."""
+    for path in [p for p in steps_in(checkpoints) if p.name <= committed.name][:-keep_last]:
         # Renamed first, so that a crash half-way through the deletion leaves no folder that looks like a checkpoint.
         doomed = path.with_name(f"{path.name}.old")
         os.rename(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
-    for leftover in checkpoints.glob("step-*.old"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    sweep(checkpoints, ("step-*.old",))
+
+
+def sweep(checkpoints: Path, patterns: tuple[str, ...] = ("step-*.old", "step-*.tmp")) -> None:
+    """Remove what interrupted saves and prunings left behind; for the run's owner only."""
+    for pattern in patterns:
+        for leftover in checkpoints.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _seal(path: Path) -> dict[str, Any]:
@@ -194,18 +216,38 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("version") != VERSION:
         raise CheckpointError(f"{folder}: version {manifest.get('version')!r}, this longskip reads {VERSION}")
     files, tensors = manifest.get("files"), manifest.get("tensors")
-    if not isinstance(files, dict) or not isinstance(tensors, dict):
+    if not isinstance(files, dict) or not isinstance(tensors, dict) or not files or not tensors:
         raise CheckpointError(f"{folder}: manifest.json lists no files or no tensors")
-    for name in files:
+    for name, entry in files.items():
         if not _NAME.match(name):
             raise CheckpointError(f"{folder}: manifest.json names {name!r}, which is not a file of this folder")
+        known = isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
+        if not known:
+            raise CheckpointError(f"{folder}: manifest.json gives no size and SHA-256 of {name}")
+    world = manifest.get("world")
+    if not isinstance(world, int) or not 1 <= world <= 1 << 20:
+        raise CheckpointError(f"{folder}: manifest.json names no number of ranks")
+    expected = {"state.json", *(f"{stem}-{rank:05d}.safetensors" for stem in FILES for rank in range(world))}
+    if set(files) != expected:
+        raise CheckpointError(f"{folder}: manifest.json lists other files than {world} rank(s) write")
     return manifest
 
 
 def verify(folder: Path, names: Iterable[str] | None = None) -> dict[str, Any]:
     """Check presence, size and SHA-256 of the manifest's files (or of ``names``); raises CheckpointError naming one."""
     manifest = read_manifest(folder)
-    for name in manifest["files"] if names is None else names:
+    strangers = {path.name for path in folder.iterdir()} - set(manifest["files"]) - {"manifest.json"}
+    if strangers:
+        raise CheckpointError(f"{folder} holds {sorted(strangers)[0]}, which its manifest does not know")
+    try:
+        _verify_files(folder, manifest, manifest["files"] if names is None else names)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}") from None
+    return manifest
+
+
+def _verify_files(folder: Path, manifest: dict[str, Any], names: Iterable[str]) -> None:
+    for name in names:
         expected, path = manifest["files"][name], folder / name
         if path.is_symlink() or not path.is_file():
             raise CheckpointError(f"{path} is missing")
@@ -213,7 +255,6 @@ def verify(folder: Path, names: Iterable[str] | None = None) -> dict[str, Any]:
             raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, the manifest says {expected['bytes']:,}")
         if _seal(path)["sha256"] != expected["sha256"]:
             raise CheckpointError(f"{path} was altered: its SHA-256 is not the manifest's")
-    return manifest
 
 
 def newest(checkpoints: Path, *, mark_bad: bool = False) -> tuple[Path | None, list[str]]:
@@ -225,11 +266,20 @@ def newest(checkpoints: Path, *, mark_bad: bool = False) -> tuple[Path | None, l
         except CheckpointError as error:
             complaints.append(str(error))
             if mark_bad:
-                with contextlib.suppress(OSError):
-                    os.rename(folder, folder.with_name(f"{folder.name}.bad"))
+                _mark_bad(folder)
             continue
         return folder, complaints
     return None, complaints
+
+
+def _mark_bad(folder: Path) -> None:
+    """Rename to ``.bad`` (``.bad2`` … where that is taken)."""
+    for ending in ("bad", *(f"bad{n}" for n in range(2, 100))):
+        target = folder.with_name(f"{folder.name}.{ending}")
+        if not target.exists():
+            with contextlib.suppress(OSError):
+                os.rename(folder, target)
+            return
 
 
 def newest_for_all(checkpoints: Path, rank: int) -> tuple[Path | None, list[str]]:

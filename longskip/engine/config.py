@@ -5,6 +5,7 @@ Imports without torch, so that configuration errors answer in well under a secon
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,8 @@ from longskip.models.specs import TextEncoderSpec, UViTSpec
 
 def _number(value: Any) -> Any:
     """YAML 1.1 reads ``1e-4`` as text; a number is meant."""
+    if isinstance(value, bool):
+        raise ValueError("a number is meant, not true or false")
     if isinstance(value, str):
         try:
             return float(value)
@@ -25,11 +28,19 @@ def _number(value: Any) -> Any:
     return value
 
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+def _whole(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a whole number is meant, not true or false")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
 Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Share = Annotated[float, BeforeValidator(_number), Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 Rate = Annotated[float, BeforeValidator(_number), Field(ge=0.0, allow_inf_nan=False)]
+Decay = Annotated[float, BeforeValidator(_number), Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
+Above = Annotated[float, BeforeValidator(_number), Field(gt=0.0, allow_inf_nan=False)]
 
 
 class Group(BaseModel):
@@ -60,7 +71,10 @@ class ModelGroup(Group):
 
 
 class DataGroup(Group):
-    """``path``: a folder of shards with its index, or a folder of pictures with captions."""
+    """``path``: a folder of shards with its index, or a folder of pictures with captions.
+
+    ``on_damage``: bytes that differ from the index stop the run, or count as bad samples (``skip``).
+    """
 
     path: str = ""
     validation: str | None = None
@@ -68,6 +82,7 @@ class DataGroup(Group):
     flip: bool = False
     crop: Literal["centre", "random"] = "centre"
     shuffle: Literal["full"] = "full"
+    on_damage: Literal["stop", "skip"] = "stop"
     max_bad_share: Share = 0.01
 
 
@@ -91,21 +106,21 @@ class DiffusionGroup(Group):
     objective: Literal["flow"] = "flow"
     prediction: Literal["v", "x"] = "v"
     time_mean: Real = 0.0
-    time_std: Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)] = 1.0
+    time_std: Above = 1.0
     time_floor: Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1)] = 0.05
     caption_dropout: Share = 0.1
 
 
 class OptimGroup(Group):
     lr: Rate = 1e-4
-    betas: tuple[Share, Share] = (0.9, 0.99)
-    eps: Annotated[float, BeforeValidator(_number), Field(gt=0)] = 1e-8
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
+    eps: Above = 1e-8
     weight_decay: Rate = 0.03
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: Count = 0
     final_lr_share: Share = 0.0
     clip: Rate = 1.0
-    ema_decay: Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)] = 0.999
+    ema_decay: Decay = 0.999
     ema_warmup: bool = True
 
 
@@ -121,10 +136,21 @@ class TrainGroup(Group):
     dtype: Literal["fp32", "bf16"] = "fp32"
 
 
+BACKENDS = ("auto", "reference", "torch", "triton", "flash_attn", "xformers")
+
+
 class KernelsGroup(Group):
     """One backend for all ops, or a mapping op → backend (``auto | reference | torch | triton | require:NAME``)."""
 
     backend: str | dict[str, str] = "auto"
+
+    @field_validator("backend")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        for name in [value] if isinstance(value, str) else value.values():
+            if name.removeprefix("require:") not in BACKENDS:
+                raise ValueError(f"backend {name!r} is not known; one of {', '.join(BACKENDS)}, or require:NAME")
+        return value
 
     def by_op(self) -> dict[str, str]:
         return {"all": self.backend} if isinstance(self.backend, str) else dict(self.backend)
@@ -162,7 +188,7 @@ class EvalGroup(Group):
     samples: Positive = 256
     time_bins: Positive = 10
     judge: Literal["shapes", "nearest", "none"] = "none"
-    judge_count: Positive = 200
+    judge_count: Annotated[int, BeforeValidator(_whole), Field(ge=2)] = 200
     judge_objects: Literal[1, 2] = 1
     sampler: Literal["euler", "heun"] = "euler"
     sample_steps: Positive = 25
@@ -245,26 +271,28 @@ class Config(Group):
             return None
         return TextEncoderSpec(vocab_size=vocabulary_size, width=text.width, n_tokens=text.n_tokens)
 
-    def batch(self, world: int) -> BatchPlan:
+    def batch(self, world: int, kept_micro: int | None = None) -> BatchPlan:
         """Micro-batch and accumulation for ``world`` ranks.
 
-        Raises ConfigError naming the world sizes that divide the batch when this one does not.
+        ``kept_micro`` is the micro-batch that the run began with; it stays when the number of ranks changes, and the
+        accumulation follows. Raises ConfigError naming the world sizes that divide the batch when this one does not.
         """
-        total, micro = self.train.batch_size, self.train.micro_batch
-        if micro is None:
-            # Micro-batch follows from the accumulation (1 unless given) and the ranks.
-            accumulation = self.train.accumulation or 1
-            fits = [w for w in divisors(total) if total % (w * accumulation) == 0]
-            micro = total // (world * accumulation)
+        total, micro, accumulation = self.train.batch_size, self.train.micro_batch, self.train.accumulation
+        if micro is not None and accumulation is not None:
+            fits = [total // (micro * accumulation)]
+        elif micro is not None or kept_micro is not None:
+            micro = micro or kept_micro or 1
+            fits = divisors(total // micro) if total % micro == 0 else []
         else:
-            fits = divisors(total // micro)
+            accumulation = accumulation or 1
+            fits = divisors(total // accumulation) if total % accumulation == 0 else []
+            micro = total // (world * accumulation)
         if world not in fits:
-            given = f" with micro_batch {self.train.micro_batch}" if self.train.micro_batch else ""
+            given = f" with micro_batch {micro}" if self.train.micro_batch or kept_micro else ""
             raise ConfigError(
                 f"train.batch_size {total} does not divide over {world} rank(s){given}",
-                cure=f"start one of {fits} ranks, or change train.batch_size or train.micro_batch",
+                cure=f"start one of {fits} ranks, or change train.batch_size, micro_batch or accumulation",
             )
-        # Micro-batch is what is kept when the world changes; accumulation follows from it.
         return BatchPlan(total=total, micro=micro, accumulation=total // (world * micro), world=world)
 
 
@@ -283,7 +311,8 @@ class BatchPlan(BaseModel):
 
 
 def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0] if n < 100_000 else [1, n]
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -31,8 +31,10 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            mark = key_node.start_mark
+            if not isinstance(key, str):
+                raise ConfigError(f"{mark.name}:{mark.line + 1}: key {key!r} is no text", cure="keys are words")
             if key in seen:
-                mark = key_node.start_mark
                 raise ConfigError(f"{mark.name}:{mark.line + 1}: key {key!r} stands twice", cure="keep one of them")
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -98,10 +100,7 @@ def parse_override(text: str) -> dict[str, Any]:
     key, separator, value = text.partition("=")
     if not separator or not key or not all(part.isidentifier() for part in key.split(".")):
         raise ConfigError(f"override {text!r} is not of the form group.key=value", cure="for instance optim.lr=1e-4")
-    try:
-        leaf: Any = yaml.safe_load(value) if value else None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {text!r}: the value is not valid YAML ({error})") from None
+    leaf: Any = parse_yaml(f"value: {value}" if value else "", f"override {text}").get("value")
     for part in reversed(key.split(".")):
         leaf = {part: leaf}
     return typing.cast("dict[str, Any]", leaf)

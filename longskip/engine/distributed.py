@@ -6,6 +6,7 @@ import datetime
 import json
 import logging
 import os
+import socket
 import sys
 import warnings
 from dataclasses import dataclass
@@ -28,13 +29,19 @@ class World:
         return self.rank == 0
 
 
+NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+
+
 def world_from_environment() -> tuple[int, int, int]:
-    """(rank, size, local rank); raises ConfigError when the variables contradict each other."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    """(rank, size, local rank) from RANK, WORLD_SIZE, LOCAL_RANK, or from what srun sets.
+
+    Raises ConfigError when the variables contradict each other.
+    """
+    given = {name: os.environ.get(name, os.environ.get(slurm)) for name, slurm in NAMES.items()}
     try:
-        rank, size, local = (int(os.environ.get(n, d)) for n, d in zip(names, ("0", "1", "0"), strict=True))
+        rank, size, local = (int(given[name] or default) for name, default in zip(NAMES, ("0", "1", "0"), strict=True))
     except ValueError:
-        raise ConfigError(f"{names} must be whole numbers, got {[os.environ.get(n) for n in names]}") from None
+        raise ConfigError(f"{', '.join(NAMES)} must be whole numbers, got {given}") from None
     if not 0 <= rank < size:
         raise ConfigError(f"RANK {rank} is not below WORLD_SIZE {size}", cure="start ranks with longskip launch")
     return rank, size, local
@@ -51,21 +58,38 @@ def join(timeout_minutes: int = 30) -> World:
         if size > 1:
             raise ConfigError("WORLD_SIZE > 1 without MASTER_PORT", cure="start ranks with longskip launch")
         os.environ["MASTER_PORT"] = str(free_port())
-    if os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost"):
-        # Ranks of one machine speak over loopback; nothing of theirs is reachable from outside.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     deepspeed = import_deepspeed()
     if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend="nccl" if torch.cuda.is_available() else "gloo",
-            timeout=datetime.timedelta(minutes=timeout_minutes),
-            verbose=False,
-        )
+        _start_process_group(rank, size, datetime.timedelta(minutes=timeout_minutes))
+    deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
         device = torch.device("cuda", local)
     return World(rank=rank, size=size, local_rank=local, device=device)
+
+
+def _start_process_group(rank: int, size: int, timeout: datetime.timedelta) -> None:
+    """The process group on a store of our own, which listens on loopback only when all ranks are on this machine.
+
+    torch's own rendezvous listens on every interface, whatever MASTER_ADDR says.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if address not in ("127.0.0.1", "localhost"):
+        torch.distributed.init_process_group(backend, timeout=timeout)
+        return
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    listening = socket.create_server(("127.0.0.1", port)) if rank == 0 else None
+    store = torch.distributed.TCPStore(
+        "127.0.0.1",
+        port,
+        size,
+        is_master=rank == 0,
+        timeout=timeout,
+        master_listen_fd=listening.detach() if listening is not None else None,
+    )
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def import_deepspeed():  # type: ignore[no-untyped-def]

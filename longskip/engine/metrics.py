@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from longskip.engine.runs import append_json
+from longskip.engine.runs import append_json, tolerant
 from longskip.profiling.meter import Interval
 
 
@@ -46,7 +46,8 @@ class Metrics:
         if not self.main:
             return
         assert self._log is not None
-        self._log.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+        with tolerant("logs/rank-0.log"):
+            self._log.write(f"{time.strftime('%H:%M:%S')} {text}\n")
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
         else:
@@ -75,7 +76,9 @@ class Metrics:
             f"{ended.tokens_per_second:.0f} tokens/s  data {100 * ended.data_wait_share:.0f}%{mfu}  eta {format_eta(eta)}"
         )
         if self._bar is not None:
-            self._log and self._log.write(text + "\n")
+            assert self._log is not None
+            with tolerant("logs/rank-0.log"):
+                self._log.write(text + "\n")
             self._bar.update(self._bar.task_ids[0], completed=ended.step, info=text.split("  ", 1)[1])
         else:
             self.say(text)
@@ -84,7 +87,10 @@ class Metrics:
         """One line of metrics.jsonl, and every number of it to TensorBoard."""
         if not self.main:
             return
-        append_json(self.run / "metrics.jsonl", {"step": step, "attempt": self.attempt, "time": time.time()} | values)
+        with tolerant("metrics.jsonl"):
+            append_json(
+                self.run / "metrics.jsonl", {"step": step, "attempt": self.attempt, "time": time.time()} | values
+            )
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
@@ -96,7 +102,8 @@ class Metrics:
         if self._board is not None:
             self._board.close()
         if self._log is not None:
-            self._log.close()
+            with tolerant("logs/rank-0.log"):
+                self._log.close()
 
 
 def _bar(name: str, steps: int, start: int) -> Any:

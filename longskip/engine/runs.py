@@ -9,6 +9,8 @@ import platform
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,20 @@ def append_json(path: Path, value: dict[str, Any]) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def tolerant(what: str) -> Iterator[None]:
+    """Records for people must not end a training: a failure to write one is said on standard error, once each."""
+    try:
+        yield
+    except OSError as error:
+        if what not in _complained:
+            _complained.add(what)
+            print(f"longskip: {what} cannot be written: {error}", file=sys.stderr, flush=True)
+
+
+_complained: set[str] = set()
+
+
 class RunFolder:
     """One run on disk. Rank 0 writes; every rank may read."""
 
@@ -82,6 +98,11 @@ class RunFolder:
             file.close()
             raise RunLockedError(
                 f"{self.path} is in use by {owner}", cure="wait for it, stop it, or choose another train.name"
+            ) from None
+        except OSError as error:
+            file.close()
+            raise ConfigError(
+                f"{self.path} cannot be locked: {error}", cure="put runs on a file system with locks (flock)"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")

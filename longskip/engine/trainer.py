@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import signal
+import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,22 +13,30 @@ from typing import Any
 import torch
 
 from longskip import errors
-from longskip.engine import build, checkpoint, faults
+from longskip.engine import build, checkpoint, faults, signals
 from longskip.engine.config import BatchPlan, Config
 from longskip.engine.data.plan import Cursor, Plan
 from longskip.engine.data.reader import MicroBatch, Reader
-from longskip.engine.data.sources import Source, open_source
+from longskip.engine.data.sources import ShardSource, Source, open_source
 from longskip.engine.diffusion import Flow
-from longskip.engine.distributed import World, all_reduce_sum, barrier, broadcast_object, join
+from longskip.engine.distributed import World, all_reduce_sum, broadcast_object, join
 from longskip.engine.metrics import Metrics
 from longskip.engine.optim import AdamW, ema_decay, learning_rate
-from longskip.engine.runs import RunFolder, append_json
+from longskip.engine.runs import RunFolder, append_json, tolerant
 from longskip.engine.shards import Shards
 from longskip.engine.validation import Validation
-from longskip.errors import EXIT_DONE, EXIT_SAVED, DataError, DiskFullError, LongskipError, NonFiniteLossError
+from longskip.errors import (
+    EXIT_DONE,
+    EXIT_SAVED,
+    CheckpointError,
+    DataError,
+    LongskipError,
+    NonFiniteLossError,
+    RunMismatchError,
+)
 from longskip.kernels import backends
 from longskip.profiling import ledger
-from longskip.profiling.meter import Meter
+from longskip.profiling.meter import Interval, Meter
 
 COUNTERS = ("images", "image_tokens", "tokens", "model_flops", "hardware_flops", "six_nd")
 
@@ -44,13 +53,16 @@ class LoopState:
     model_flops: int = 0
     hardware_flops: int = 0
     six_nd: int = 0
+    bad_samples: int = 0
+    losses: list[float] = field(default_factory=list)  # of the steps since the last line of metrics.jsonl
 
     def to_json(self) -> dict[str, Any]:
-        return {"step": self.step, "cursor": self.cursor.to_json()} | {c: getattr(self, c) for c in COUNTERS}
+        own = {name: getattr(self, name) for name in ("step", *COUNTERS, "bad_samples")}
+        return own | {"cursor": self.cursor.to_json(), "losses": list(self.losses)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> LoopState:
-        return cls(Cursor.from_json(value["cursor"]), value["step"], **{c: value[c] for c in COUNTERS})
+        return cls(**(value | {"cursor": Cursor.from_json(value["cursor"])}))
 
 
 @dataclass(frozen=True)
@@ -89,9 +101,8 @@ class Job:
     metrics: Metrics
     validation: Validation
     started_at: int = 0
-    stop_requested: bool = False
-    bad_seen: int = 0
-    _losses: list[float] = field(default_factory=list)
+    stopping: bool = False  # agreed by all ranks; what this rank alone was asked is signals.asked()
+    _ledger_losses: list[float] = field(default_factory=list)
     _norm: float = 0.0
     _lr: float = 0.0
     _waited: float = 0.0
@@ -114,13 +125,19 @@ class Job:
             self.metrics.say(f"step {self.state.step}  validation loss {values['validation/loss']:.4f} (EMA weights)")
 
     def draw_samples(self) -> None:
-        folder = self.validation.samples(self.engine, self.shards, self.flow, self.run.path, self.state.step)
+        """Draw the run's prompts; a failure is an incident, never the end of a training."""
+        try:
+            folder = self.validation.samples(self.engine, self.shards, self.flow, self.run.path, self.state.step)
+        except LongskipError as error:
+            self.incident("no_samples", str(error))
+            self.metrics.say(f"step {self.state.step}  no samples: {error}")
+            return
         if folder is not None:
             self.metrics.say(f"step {self.state.step}  samples in {folder}")
 
     def save(self) -> None:
-        """Commit a checkpoint; the interval ends first, so that no ledger line reaches across a commit."""
-        self.log(force=True)
+        """Commit a checkpoint; the ledger's interval ends first, so that none of its lines reaches across a commit."""
+        self._end_ledger_interval(durable=True)
         begin = time.monotonic()
         try:
             checkpoint.save(
@@ -130,10 +147,10 @@ class Job:
                 self.state.to_json(),
                 keep_last=self.config.checkpoint.keep_last,
             )
-        except DiskFullError as error:
-            if self.finished or self.stop_requested:
+        except CheckpointError as error:
+            if self.finished or self.stopping:
                 raise
-            self.incident("disk_full", str(error))
+            self.incident("not_saved", str(error))
             self.metrics.say(f"step {self.state.step}  NOT SAVED, training goes on: {error}")
             return
         self.metrics.say(f"step {self.state.step}  saved in {1000 * (time.monotonic() - begin):.0f} ms")
@@ -156,8 +173,8 @@ class Job:
         total += self._backward(micro_batches[-1])
         faults.point("step.backward", step=step)
         self._agree(float(total), micro_batches)
-        self._norm = self._take_step()
-        self._count(micro_batches)
+        self._norm = self._take_step(micro_batches)
+        self._count()
         faults.point("step.done", step=step)
 
     def _backward(self, micro: MicroBatch) -> torch.Tensor:
@@ -174,44 +191,61 @@ class Job:
     def _agree(self, loss_sum: float, micro_batches: list[MicroBatch]) -> None:
         """One small all-reduce a step: the global loss, bad samples, and whether any rank was asked to stop."""
         bad = [entry for micro in micro_batches for entry in micro.bad]
-        for entry in bad:
-            append_json(self.run / "bad_samples.jsonl", entry | {"step": self.state.step + 1})
-        finite = loss_sum == loss_sum and abs(loss_sum) != float("inf")
+        with tolerant("bad_samples.jsonl"):
+            for entry in bad:
+                append_json(self.run / "bad_samples.jsonl", entry | {"step": self.state.step + 1})
+        finite = math.isfinite(loss_sum)
         total, n_bad, stop, broken = all_reduce_sum(
-            [loss_sum if finite else 0.0, float(len(bad)), float(self.stop_requested), float(not finite)],
+            [loss_sum if finite else 0.0, float(len(bad)), float(signals.asked()), float(not finite)],
             self.world.device,
         )
-        self.stop_requested = stop > 0
-        self.bad_seen += round(n_bad)
+        self.stopping = stop > 0
         if broken:
-            ids = [int(i) for micro in micro_batches for i in micro.samples]
-            self.incident("non_finite_loss", f"step {self.state.step + 1}, samples of rank 0: {ids}")
-            raise NonFiniteLossError(
-                f"the loss of step {self.state.step + 1} is not finite on {round(broken)} rank(s); "
-                f"the weights are those of step {self.state.step}, this rank's samples were {ids[:8]}…",
-                cure="lower optim.lr, set model.qk_norm: true, or train in fp32; the last checkpoint is intact",
-            )
-        self._losses.append(total / self.batch.total)
-        seen = (self.state.step - self.started_at + 1) * self.batch.total
-        if self.bad_seen > self.config.data.max_bad_share * max(seen, 100):
-            raise DataError(
-                f"{self.bad_seen} of the last {seen} samples were bad, above data.max_bad_share "
+            raise self._not_finite(f"loss is not finite on {round(broken)} rank(s)", micro_batches)
+        self.state.losses.append(total / self.batch.total)
+        self._ledger_losses.append(total / self.batch.total)
+        self.state.bad_samples += round(n_bad)
+        seen = (self.state.step + 1) * self.batch.total
+        if self.state.bad_samples > self.config.data.max_bad_share * max(seen, 100):
+            error = DataError(
+                f"{self.state.bad_samples} of {seen} samples were bad, above data.max_bad_share "
                 f"{self.config.data.max_bad_share}; see {self.run / 'bad_samples.jsonl'}",
                 cure="longskip data lint names them; repair the data or raise the share",
             )
+            error.alike = True
+            raise error
 
-    def _take_step(self) -> float:
-        """Clip, update, average; returns the global gradient norm before clipping."""
+    def _take_step(self, micro_batches: list[MicroBatch]) -> float:
+        """Clip, update, average; returns the global gradient norm before clipping.
+
+        Raises NonFiniteLossError on all ranks, the weights as they were, when the norm is NaN or infinite.
+        """
         if self.shards.stage == 0 and self.config.train.dtype == "fp32":
-            # DeepSpeed clips at stage 0 without telling the norm.
+            # DeepSpeed clips at stage 0 without telling the norm, and would take a step of NaN.
             grads = [p.grad for p in self.shards.parameters if p.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(grads))
+            if not math.isfinite(norm):
+                raise self._not_finite("gradient is not finite", micro_batches)
             self.engine.step()
             return norm
         self.engine.step()
-        return float(self.engine.get_global_grad_norm() or 0.0)
+        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        if getattr(self.engine.optimizer, "overflow", False) or not math.isfinite(norm):
+            raise self._not_finite("gradient is not finite", micro_batches)  # DeepSpeed has skipped the update
+        return norm
 
-    def _count(self, micro_batches: list[MicroBatch]) -> None:
+    def _not_finite(self, what: str, micro_batches: list[MicroBatch]) -> NonFiniteLossError:
+        ids = [int(i) for micro in micro_batches for i in micro.samples]
+        self.incident("not_finite", f"the {what} at step {self.state.step + 1}; samples of this rank: {ids}")
+        error = NonFiniteLossError(
+            f"the {what} at step {self.state.step + 1}; no weight has moved since step {self.state.step}; "
+            f"{self.run / 'incidents.jsonl'} lists the samples of every rank",
+            cure="lower optim.lr, set model.qk_norm: true, or train in fp32; the last checkpoint is intact",
+        )
+        error.alike = True
+        return error
+
+    def _count(self) -> None:
         state = self.state
         state.step += 1
         state.cursor = state.cursor.advance(self.batch.total)
@@ -220,108 +254,114 @@ class Job:
         waited, self._waited = self.reader.data_wait_seconds - self._waited, self.reader.data_wait_seconds
         self.meter.add(**self.cost.counts(), data_wait=waited)
 
-    def log(self, force: bool = False) -> None:
-        """End the logging interval when it is due (or ``force``): one ledger line, one metrics line, one line to read."""
-        if not self._losses or not (force or self.due(self.config.logging.every)):
+    def log(self) -> None:
+        """When it is due: one ledger line, one metrics line, one line to read."""
+        if not self.due(self.config.logging.every):
             return
-        ended = self.meter.interval()
-        loss = sum(self._losses) / len(self._losses)
+        eta = self.meter.eta(self.config.train.steps)
+        ended = self._end_ledger_interval()
         values = {
-            "loss": loss,
+            "loss": sum(self.state.losses) / len(self.state.losses),
             "lr": self._lr,
             "grad_norm": self._norm,
             "images": self.state.images,
-            "bad": self.bad_seen,
+            "bad": self.state.bad_samples,
         }
-        self._losses.clear()
-        if self.world.is_main:
-            ledger.append(self.run / "ledger.jsonl", ended.line(attempt=self.attempt, loss=loss), durable=force)
-        self.metrics.interval(ended, values, self.meter.eta(self.config.train.steps))
+        self.state.losses.clear()
+        self.metrics.interval(ended, values, eta)
+
+    def _end_ledger_interval(self, durable: bool = False) -> Interval:
+        ended = self.meter.peek() if not self._ledger_losses else self.meter.interval()
+        if self._ledger_losses and self.world.is_main:
+            loss = sum(self._ledger_losses) / len(self._ledger_losses)
+            with tolerant("ledger.jsonl"):
+                ledger.append(self.run / "ledger.jsonl", ended.line(attempt=self.attempt, loss=loss), durable=durable)
+        self._ledger_losses.clear()
+        return ended
 
     def incident(self, kind: str, detail: str) -> None:
-        if self.world.is_main:
-            line = {"time": time.time(), "attempt": self.attempt, "step": self.state.step, "kind": kind}
-            append_json(self.run / "incidents.jsonl", line | {"detail": detail})
+        """One line of incidents.jsonl; any rank may write its own."""
+        line = {"time": time.time(), "attempt": self.attempt, "step": self.state.step, "rank": self.world.rank}
+        with tolerant("incidents.jsonl"):
+            append_json(self.run / "incidents.jsonl", line | {"kind": kind, "detail": detail})
 
     def close(self, status: str) -> None:
         self.reader.close()
         self.metrics.close()
         if self.world.is_main:
-            self.run.set_status(status)
+            with tolerant("run.json"):
+                self.run.set_status(status)
 
 
 def fit(job: Job) -> int:
     """Train from the job's step to ``train.steps``; returns the exit code (0 done, 75 saved on a signal)."""
-    for micro_batches in job.reader:
-        if job.due(job.config.eval.every):
+    while True:
+        if job.due(job.config.eval.every) and not job.stopping:
             job.evaluate()
-        if job.due(job.config.logging.samples_every):
+        if job.due(job.config.logging.samples_every) and not job.stopping:
             job.draw_samples()
-        if job.due(job.config.checkpoint.every) or (job.stop_requested and job.state.step > job.started_at):
+        if job.due(job.config.checkpoint.every) or (job.stopping and job.state.step > job.started_at):
             job.save()
-        if job.finished or job.stop_requested:
+        if job.finished or job.stopping:
             break
-        job.step(micro_batches)
+        job.step(next(job.reader))
         job.log()
     return EXIT_DONE if job.finished else EXIT_SAVED
 
 
 def train(config: Config, run_path: Path) -> int:
-    """Join the world, resume or begin the run in ``run_path``, train, and leave it closed; returns the exit code."""
+    """Join the world, resume or begin the run in ``run_path``, train, and leave it closed; returns the exit code.
+
+    From here on signals are remembered, and stay so until the process ends: a second one must not tear the end.
+    """
+    signals.listen()
     world = join(config.launch.timeout_minutes)
     job = prepare(config, run_path, world)
-    handlers = {s: signal.signal(s, _asks_to_stop(job)) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     status = "failed"
     try:
         code = fit(job)
         status = "done" if code == EXIT_DONE else "saved"
         if code == EXIT_SAVED:
-            job.incident("signal", "saved and stopped; the same command goes on")
+            if world.is_main:
+                job.incident("signal", "saved and stopped; the same command goes on")
             job.metrics.say(f"saved at step {job.state.step} on a signal; the same command goes on from here")
         return code
     except LongskipError as error:
-        job.incident("error", str(error))
+        if world.is_main or not error.alike:
+            job.incident("error", str(error))
         raise
     finally:
         job.close(status)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def _asks_to_stop(job: Job) -> Callable[[int, Any], None]:
-    def handler(number: int, frame: Any) -> None:
-        job.stop_requested = True  # all ranks agree on it at the end of the step
-
-    return handler
 
 
 def prepare(config: Config, run_path: Path, world: World) -> Job:
     """Everything up to the first step; user errors are raised on all ranks alike, before any work is lost."""
-    batch = config.batch(world.size)
     run = RunFolder(run_path)
-    resuming = bool(on_main(world, lambda: _claim(run, config)))
-    source = open_source(config.data.path)
+    claimed: Any = on_main(world, lambda: _claim(run, config))
+    resuming, kept_micro, attempt = claimed["resuming"], claimed["micro_batch"], claimed["attempt"]
+    batch = config.batch(world.size, kept_micro)
+    on_main(world, lambda: _open(config).fingerprint())  # what is wrong with the data is said once, and by all
+    source = _open(config)
     plan = Plan(len(source), batch.total, config.train.seed)
-    on_main(world, lambda: _write_vocabulary(run, config, source))
+    if not resuming:
+        on_main(world, lambda: build.save_vocabulary(run / "vocabulary.json", build.build_vocabulary(config, source)))
     vocabulary = build.load_vocabulary(run / "vocabulary.json")
 
     model = build.build_model(config, len(vocabulary))
-    n_parameters = sum(_numel(shape) for _, _, _, shape in model.canonical())
+    n_parameters = sum(math.prod(shape) for _, _, _, shape in model.canonical())
     ds_config = build.deepspeed_config(config, batch, n_parameters=n_parameters, cuda=world.device.type == "cuda")
     backends.configure(config.kernels.by_op())
+    validation = Validation(config, world, vocabulary, source)
     engine, optimizer, shards = build.build_engine(config, model, world, ds_config)
     cost = step_cost(config, batch, n_parameters)
     summary = _summary(config, run, cost, batch, n_parameters, source)
-    attempt = int(str(on_main(world, lambda: _next_attempt(run))))
-    on_main(world, lambda: None if resuming else run.write_identity(config, ds_config, summary))
+    on_main(world, lambda: _settle(run, config, ds_config, summary, resuming))
 
     state = LoopState(plan.cursor())
     folder, complaints = checkpoint.newest_for_all(run.checkpoints, world.rank)
     if folder is not None:
         state = LoopState.from_json(checkpoint.load(folder, shards))
-    if world.is_main:
-        ledger.append(run / "ledger.jsonl", ledger.Resumed(attempt, state.step))
-        run.set_status("running")
+    on_main(world, lambda: ledger.append(run / "ledger.jsonl", ledger.Resumed(attempt, state.step)))
 
     text = config.encoders.text
     reader = Reader(
@@ -354,7 +394,7 @@ def prepare(config: Config, run_path: Path, world: World) -> Job:
     )
     job = Job(
         config, world, run, batch, source, engine, optimizer, shards, reader, Flow(config.diffusion), cost, state,
-        attempt, meter, metrics, Validation(config, world, vocabulary, source), started_at=state.step,
+        attempt, meter, metrics, validation, started_at=state.step,
     )  # fmt: skip
     for complaint in complaints:
         job.incident("bad_checkpoint", complaint)
@@ -364,22 +404,25 @@ def prepare(config: Config, run_path: Path, world: World) -> Job:
 
 
 def on_main(world: World, act: Callable[[], object]) -> object:
-    """Rank 0's result of ``act`` on every rank; its LongskipError is raised on every rank (none waits for a dead one)."""
+    """Rank 0's result of ``act`` on every rank; its error is raised on every rank (none waits for a dead one)."""
     outcome: Any = None
     failure: LongskipError | None = None
     if world.is_main:
         try:
             outcome = {"value": act()}
-        except LongskipError as error:
-            failure = error
-            outcome = {"error": type(error).__name__, "message": str(error)}
+        except (LongskipError, OSError) as error:
+            failure = (
+                error if isinstance(error, LongskipError) else LongskipError(f"the first rank cannot go on: {error}")
+            )
+            outcome = {"error": type(failure).__name__, "message": str(failure)}
     outcome = broadcast_object(outcome)
-    if failure is not None:
-        raise failure
-    if isinstance(outcome, dict) and "error" in outcome:
+    if "error" not in outcome:
+        return outcome["value"]
+    if failure is None:
         kind = getattr(errors, outcome["error"], LongskipError)
-        raise (kind if kind is not errors.BadSampleError else DataError)(outcome["message"])
-    return outcome["value"]
+        failure = (DataError if issubclass(kind, errors.BadSampleError) else kind)(outcome["message"])
+    failure.alike = True
+    raise failure
 
 
 def step_cost(config: Config, batch: BatchPlan, n_parameters: int) -> StepCost:
@@ -400,23 +443,46 @@ def step_cost(config: Config, batch: BatchPlan, n_parameters: int) -> StepCost:
     )
 
 
-def _claim(run: RunFolder, config: Config) -> bool:
+def _claim(run: RunFolder, config: Config) -> dict[str, Any]:
+    """Own the folder; whether it holds this run already, with what micro-batch it began, and the attempt's number."""
     run.lock()
     try:
-        return run.check(config)
+        resuming = run.check(config)
+        checkpoint.sweep(run.checkpoints)
     except LongskipError:
         run.unlock()
         raise
+    saved = json.loads((run / "run.json").read_text("utf-8")) if resuming else {}
+    attempts = (entry.attempt for entry in ledger.read(run / "ledger.jsonl").entries)
+    return {"resuming": resuming, "micro_batch": saved.get("micro_batch"), "attempt": 1 + max(attempts, default=0)}
 
 
-def _write_vocabulary(run: RunFolder, config: Config, source: Source) -> None:
-    path = run / "vocabulary.json"
-    if not path.is_file():
-        build.save_vocabulary(path, build.build_vocabulary(config, source))
+def _open(config: Config) -> Source:
+    source = open_source(config.data.path)
+    if isinstance(source, ShardSource):
+        source.on_damage = config.data.on_damage
+    return source
 
 
-def _next_attempt(run: RunFolder) -> int:
-    return 1 + max((entry.attempt for entry in ledger.read(run / "ledger.jsonl").entries), default=0)
+def _settle(run: RunFolder, config: Config, ds_config: dict[str, Any], summary: dict[str, Any], resuming: bool) -> None:
+    """Write what the run is; on a resume refuse other data or another DeepSpeed JSON first (RunMismatchError)."""
+    if resuming:
+        saved = json.loads((run / "run.json").read_text("utf-8"))
+        if saved.get("data", {}).get("fingerprint") != summary["data"]["fingerprint"]:
+            raise RunMismatchError(
+                f"{config.data.path} is not the data that {run.path} was trained on "
+                f"({saved.get('data')} then, {summary['data']} now)",
+                cure="bring the data back, or give the new run its own train.name=…",
+            )
+        before = json.loads((run / "ds_config.json").read_text("utf-8"))
+        derived = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
+        other = [k for k in before.keys() | ds_config.keys() if k not in derived and before.get(k) != ds_config.get(k)]
+        if other:
+            raise RunMismatchError(
+                f"{run.path} was made with another DeepSpeed configuration: {', '.join(sorted(other))} differ",
+                cure="set deepspeed.config back, or give the new run its own train.name=…",
+            )
+    run.write_identity(config, ds_config, summary | {"status": "running"})
 
 
 def _summary(
@@ -425,7 +491,7 @@ def _summary(
     counts = config.backbone().param_counts()
     return {
         "name": run.path.name,
-        "status": "new",
+        "micro_batch": batch.micro,
         "params": n_parameters,
         "params_token": counts.per_token,
         "flops_per_image": cost.model_flops // batch.total,
@@ -450,11 +516,4 @@ def _announce(job: Job, resuming: bool, n_parameters: int, meter: Meter) -> None
         say(f"attempt {job.attempt} goes on from step {state.step}")
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count
-
-
-__all__ = ["Job", "LoopState", "barrier", "fit", "prepare", "train"]
+__all__ = ["Job", "LoopState", "fit", "prepare", "train"]

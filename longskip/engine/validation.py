@@ -20,12 +20,12 @@ from longskip.engine.data.reader import Assembler
 from longskip.engine.data.sources import Source, open_source
 from longskip.engine.data.tokens import Vocabulary
 from longskip.engine.diffusion import Flow
-from longskip.engine.distributed import World, all_reduce_sum, barrier
+from longskip.engine.distributed import World, all_reduce_sum
 from longskip.engine.drawing import Drawing, draw, repeats_of
 from longskip.engine.grids import make_grid
 from longskip.engine.runs import write_atomic
 from longskip.engine.shards import Shards
-from longskip.errors import BadSampleError, DataError
+from longskip.errors import BadSampleError, DataError, LongskipError
 
 Model = Callable[..., torch.Tensor]
 DEFAULT_PROMPTS = 16
@@ -115,6 +115,8 @@ class Validation:
         slots = [min(world.rank * share + i, len(self.prompts) - 1) for i in range(share)]
         height, width = self.spec.latent_size
         engine.eval()
+        failure = ""
+        mine = np.zeros((share, height, width, 3), dtype=np.uint8)
         try:
             with shards.weights("ema"):
                 mine = draw(
@@ -129,13 +131,19 @@ class Validation:
                     device=world.device,
                     truncate=self._truncate,
                 )
+        except LongskipError as error:  # after the last forward pass: the ranks are still in step
+            failure = str(error)
         finally:
             engine.train()
         folder = run / "samples" / f"step-{step:08d}"
         pictures = _gather_pictures(mine, world)[: len(self.prompts)]
-        if world.is_main:
-            write_pictures(folder, pictures, self.prompts, how, weights="ema")
-        barrier()
+        if world.is_main and not failure:
+            try:
+                write_pictures(folder, pictures, self.prompts, how, weights="ema")
+            except OSError as error:
+                failure = str(error)
+        if all_reduce_sum([float(bool(failure))], world.device)[0]:
+            raise LongskipError(failure or "another rank could not draw its samples")
         return folder
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from longskip import __version__
-from longskip.errors import EXIT_USAGE, LongskipError
+from longskip.errors import EXIT_USAGE, ConfigError, LongskipError
 from longskip.launcher.cli_config import app as config_app
 from longskip.launcher.cli_data import app as data_app
 
@@ -56,17 +56,26 @@ def train(
     Joins the world that RANK and WORLD_SIZE name (deepspeed, torchrun, srun) and is one rank otherwise.
     Exit codes: 0 done, 1 failed, 2 configuration, 75 saved on a signal (start again).
     """
+    from longskip.engine import signals
     from longskip.engine.configio import load_config
     from longskip.engine.runs import RUNS
 
+    if not dry_run:
+        signals.listen()  # before anything heavy: an early signal is kept for the first step's end
     resolved = load_config(config, overrides or ())
+    if not resolved.data.path:
+        raise ConfigError("data.path is not set", cure="name a folder of shards, or of pictures with captions")
     run = RUNS / (resolved.train.name or config.stem)
     if dry_run:
         from longskip.launcher.dry_run import show
 
         show(resolved, run)
         return
-    resolved.batch(int(os.environ.get("WORLD_SIZE", "1")))  # refused before torch is loaded or a rank waits
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world.isdigit() and not (run / "run.json").is_file():
+        resolved.batch(
+            int(world)
+        )  # refused before torch is loaded or a rank waits; a resumed run knows its micro-batch
     from longskip.engine.trainer import train as run_training
 
     raise typer.Exit(run_training(resolved, run))
@@ -187,8 +196,10 @@ def main(arguments: list[str] | None = None) -> Any:
     try:
         app(arguments, standalone_mode=True)
     except LongskipError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"longskip: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        joined = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
+        if rank == "0" or (joined and not error.alike):  # what all ranks say is said once
+            print(f"longskip: {f'[rank {rank}] ' if rank != '0' else ''}{error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

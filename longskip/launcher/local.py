@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -11,14 +13,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from longskip.engine.ports import free_port
+from longskip.engine.signals import ASKING
 from longskip.errors import EXIT_DONE, EXIT_FAILED, EXIT_SAVED, EXIT_USAGE, ConfigError
 
 MODULE = "longskip.launcher"
+STARTUP_SECONDS = 3.0
 
 
 def command(ranks: int, arguments: Sequence[str], port: int) -> list[str]:
@@ -67,18 +70,17 @@ def launch(ranks: int, arguments: Sequence[str], *, dry_run: bool = False) -> in
         print(" ".join(line))
         return EXIT_DONE
     # A session of its own: Ctrl-C reaches this process only, which then asks every rank to save.
-    process = subprocess.Popen(line, env=rank_environment(ranks), start_new_session=True)
-
-    def passes_on(number: int, frame: Any) -> None:
-        # The launcher would kill the ranks at once; they are asked themselves, save, and the launcher sees them end.
-        for child in _ranks(process.pid):
-            child.send_signal(signal.SIGTERM)
-
-    handlers = {s: signal.signal(s, passes_on) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    process = subprocess.Popen(line, env=rank_environment(ranks), start_new_session=True, preexec_fn=_die_with_parent)
+    asked: list[int] = []
+    told: set[int] = set()
+    handlers = {s: signal.signal(s, lambda number, frame: asked.append(number)) for s in ASKING}
     started: list[psutil.Process] = []
     try:
         while process.poll() is None:
             started = _descendants(process.pid) or started
+            if asked:
+                # The launcher would kill the ranks at once; they are asked themselves, save, and it sees them end.
+                _ask(_ranks(process.pid), told)
             time.sleep(0.1)
     finally:
         for number, handler in handlers.items():
@@ -86,6 +88,21 @@ def launch(ranks: int, arguments: Sequence[str], *, dry_run: bool = False) -> in
         _reap(started)
     known = (EXIT_DONE, EXIT_USAGE, EXIT_SAVED)
     return process.returncode if process.returncode in known else EXIT_FAILED
+
+
+def _die_with_parent() -> None:
+    """In the child: be asked to end (SIGTERM) when the process that launched it dies, however it dies."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _ask(ranks: list[psutil.Process], told: set[int]) -> None:
+    """SIGTERM to each rank once, and not before its interpreter can have installed its handler."""
+    for rank in ranks:
+        with contextlib.suppress(psutil.Error):
+            if rank.pid not in told and time.time() - rank.create_time() > STARTUP_SECONDS:
+                rank.send_signal(signal.SIGTERM)
+                told.add(rank.pid)
 
 
 def _descendants(pid: int) -> list[psutil.Process]:

@@ -34,6 +34,14 @@ def test_numbers_as_yaml_text(tmp_path: Path) -> None:
         ("train: {steps: 0}", ["train.steps", "0"]),
         ("train: {batch_size: 10, micro_batch: 3}", ["10", "3", "[1, 2, 5, 10]"]),
         ("train: {batch_size: 12, micro_batch: 4, accumulation: 2}", ["12", "two of the three"]),
+        ("optim: {lr: true}", ["optim.lr", "true or false"]),
+        ("train: {steps: true}", ["train.steps"]),
+        ("optim: {betas: [0.9, 1.0]}", ["optim.betas", "less than 1"]),
+        ("optim: {eps: .inf}", ["optim.eps"]),
+        ("kernels: {backend: nope}", ["kernels.backend", "nope", "torch"]),
+        ("eval: {judge_count: 1}", ["eval.judge_count"]),
+        ("{[1, 2]: 3}", ["no text"]),
+        ("train: {name: 2024-99-99}", ["not valid YAML"]),
         ("deepspeed: {zero_stage: 4}", ["deepspeed.zero_stage", "4"]),
         ("model: {preset: uvit-shape}", ["uvit-shape", "uvit-shapes"]),
         ("model: {resolution: 33}", ["33x33", "patch 8"]),
@@ -95,6 +103,12 @@ def test_batches_divide_or_say_which_worlds_do(total: int, world: int, accumulat
 
 
 def test_micro_batch_is_kept_and_accumulation_follows() -> None:
+    free = Config.model_validate({"train": {"batch_size": 131072}})
+    assert (free.batch(8).micro, free.batch(4, kept_micro=16384).accumulation) == (16384, 2)
+    both = Config.model_validate({"train": {"batch_size": 16, "micro_batch": 4, "accumulation": 2}})
+    assert both.batch(2).accumulation == 2
+    with pytest.raises(ConfigError, match=r"one of \[2\] ranks"):
+        both.batch(1)
     config = Config.model_validate({"train": {"batch_size": 24, "micro_batch": 4}})
     assert [config.batch(w).accumulation for w in (1, 2, 3, 6)] == [6, 3, 2, 1]
     with pytest.raises(ConfigError, match=r"\[1, 2, 3, 6\]"):

@@ -28,6 +28,7 @@ from longskip.engine.data.draws import generator
 from longskip.engine.data.plan import Cursor, Plan
 from longskip.engine.data.sources import Captions, Source
 from longskip.engine.data.tokens import Vocabulary
+from longskip.engine.signals import ASKING
 from longskip.errors import BadSampleError, ConfigError, DataError, LongskipError
 
 Coordinates = tuple[np.ndarray, np.ndarray]
@@ -343,8 +344,8 @@ class _Assembled(Dataset[Any]):
 
 def _start_worker(_: int) -> None:
     # A rank that is told to stop still needs its next batches to reach the step's border; it ends its workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in ASKING:
+        signal.signal(number, signal.SIG_IGN)
     # Last of all, when the queues are flushed, leave at once: a spawned process that unloads torch while one of its
     # threads still runs aborts now and then, and the parent would take that for a crash.
     multiprocessing.util.Finalize(None, os._exit, args=(0,), exitpriority=-100)

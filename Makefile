@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test test-slow lint clean
+.PHONY: install demo test test-slow figures lint clean
 
 install: $(STAMP)
 
@@ -27,6 +27,11 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+# the figures that tests print (docs/results/main-job.md)
+figures: install
+	$(BIN)/python -m pytest -s -q tests/engine/test_training.py tests/engine/test_resume.py tests/engine/test_reader.py \
+	  tests/engine/test_judge.py tests/models/test_specs.py tests/test_house.py | grep -aE "^figure:|passed|failed"
 
 lint: install
 	$(BIN)/ruff check .

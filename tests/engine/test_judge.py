@@ -15,6 +15,7 @@ from longskip.engine.data.judge import judge, look, score, to_lab
 from longskip.engine.data.scenes import COLOURS, POSITIONS, SHAPES, SIZES, Scene, Thing, all_scenes, sample_scene
 from longskip.engine.data.shapes import draw
 from longskip.errors import DataError
+from tests.figures import figure
 
 
 def _pictures(count: int, objects, size: int, noise: float = 0.0, blur: float = 0.0, seed: int = 1):
@@ -38,6 +39,9 @@ def test_every_one_object_scene_is_read_right(size: int) -> None:
     varied = score([draw(scene, size, rng) for scene in all_scenes()], all_scenes())
     assert plain["count"] == varied["count"] == 800
     assert plain["full"] >= 0.99 and varied["full"] >= 0.99
+    figure(
+        f"judge on true pictures of {size} px, 800 combinations: {plain['full']:.4f} plain, {varied['full']:.4f} varied"
+    )
     assert set(plain) == {"count", "full", "objects", "colour", "size", "shape", "position"}
 
 
@@ -63,6 +67,9 @@ def test_wrong_captions_score_near_chance() -> None:
         _, scenes = _pictures(1200, objects, 32, seed=2)
         result = score(pictures, scenes)
         assert result["full"] <= 0.01
+        figure(
+            f"judge on {result['count']} wrong captions, {objects} object(s): full {result['full']:.4f}, {attribute} {result[attribute]:.3f}"
+        )
         assert result["objects"] == 1.0
         assert result[attribute] == pytest.approx(chance, abs=0.05)
         if objects == 1:

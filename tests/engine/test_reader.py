@@ -22,6 +22,7 @@ from longskip.engine.data.reader import MicroBatch, Reader
 from longskip.engine.data.sources import RawSample, open_source
 from longskip.engine.data.tokens import Vocabulary
 from longskip.errors import BadSampleError, ConfigError, DataError, ShardError
+from tests.figures import figure
 
 SAMPLES, BATCH, STEPS = 20, 12, 4
 VOCABULARY = Vocabulary.build(["a number of words"], 300)
@@ -88,6 +89,7 @@ def test_the_same_global_batches_for_any_ranks_and_workers(folder, straight, wor
     for k in range(STEPS):
         slots = [row for j in range(accumulation) for rank in range(world) for row in ranks[rank][k][j]]
         assert slots == straight[k]
+    figure(f"plan: {world} ranks, {workers} workers: the same ids in the same {STEPS} global batches of {BATCH}")
 
 
 def test_every_sample_comes_once_per_epoch(straight):

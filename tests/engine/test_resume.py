@@ -20,6 +20,7 @@ from longskip.errors import EXIT_SAVED
 from longskip.launcher.local import rank_environment
 from longskip.profiling import ledger
 from tests.engine.test_training import losses
+from tests.figures import figure
 from tests.ranks import small_config, train_ranks
 
 KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
@@ -82,6 +83,7 @@ def test_killed_and_started_again(shapes: Path, straight: Path, tmp_path: Path, 
     assert codes[int(fault.split("rank=")[1][0])] == -signal.SIGKILL, codes
     assert train_ranks(2, config, run) == [0, 0]
     assert_same_run(run, straight)
+    figure(f"SIGKILL at {fault}, same command again: losses, tensors, cursor, ledger's committed sums bitwise equal")
 
 
 @pytest.mark.parametrize(

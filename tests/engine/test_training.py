@@ -16,6 +16,7 @@ from longskip.engine.data.plan import Plan
 from longskip.engine.data.reader import Reader
 from longskip.engine.data.sources import open_source
 from longskip.engine.optim import ema_decay, learning_rate
+from tests.figures import figure
 from tests.ranks import run_ranks, small_config, train_ranks
 
 STEPS = 20
@@ -64,7 +65,9 @@ def test_stages_ranks_and_layouts_agree(shapes: Path, stage0: Path, tmp_path: Pa
     config = small_config(shapes, deepspeed={"zero_stage": stage}, engine={"layout": layout})
     assert train_ranks(2, config, run) == [0, 0]
     worst = relative(losses(run), losses(stage0))
-    print(f"stage {stage}, {layout}, 2 ranks against stage 0, flat, 1 rank: worst relative loss difference {worst:.2e}")
+    figure(
+        f"stage {stage}, {layout}, 2 ranks against stage 0, flat, 1 rank: worst relative loss difference {worst:.2e}"
+    )
     assert worst <= 1e-6
     for kind in ("weight", "ema"):
         ours, theirs = weights(run, kind), weights(stage0, kind)
@@ -84,6 +87,9 @@ def test_initial_parameters_are_bitwise_equal(
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name
+    figure(
+        f"initial fp32 masters (bf16 run), stage {stage}, {layout}, {world} ranks: {len(ours)} tensors bitwise equal"
+    )
 
 
 def bare_loop(
@@ -141,7 +147,7 @@ def test_engine_equals_a_bare_torch_loop_and_its_unsharded_ema(shapes: Path, tmp
     sharded = weights(run, "ema")
     apart = max(float((sharded[n] - ema[n]).abs().max()) for n in ema)
     moved = max(float((final[n] - ema[n]).abs().max()) for n in ema)
-    print(
+    figure(
         f"engine against bare loop: losses {worst:.2e} relative; EMA {apart:.2e} absolute (EMA to weights {moved:.2e})"
     )
     assert worst <= 1e-6

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
 
+from longskip.engine.config import EvalGroup
 from longskip.engine.data.draws import generator
 from longskip.engine.data.tokens import Vocabulary
 from longskip.engine.diffusion import Flow, guided
 from longskip.engine.samplers import SamplerName, integrate
-from longskip.errors import LongskipError
+from longskip.errors import ConfigError, LongskipError
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,17 @@ class Drawing:
     steps: int = 25
     guidance: float = 3.0
     seed: int = 0
+
+    @classmethod
+    def of(
+        cls, group: EvalGroup, *, sampler: str | None, steps: int | None, guidance: float | None, seed: int
+    ) -> Drawing:
+        """What is given, and the configuration's ``eval`` group for the rest; ConfigError for an unknown sampler."""
+        name = sampler or group.sampler
+        if name not in get_args(SamplerName):
+            raise ConfigError(f"sampler {name!r}", cure=f"one of {', '.join(get_args(SamplerName))}")
+        chosen = group.guidance if guidance is None else guidance
+        return cls(cast("SamplerName", name), steps or group.sample_steps, chosen, seed)
 
     def to_json(self) -> dict[str, Any]:
         return {"sampler": self.sampler, "steps": self.steps, "guidance": self.guidance, "seed": self.seed}

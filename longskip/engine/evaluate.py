@@ -22,7 +22,7 @@ from longskip.engine.grids import make_grid
 from longskip.engine.runs import write_atomic
 from longskip.engine.sample import Loaded, draw_prompts, load_run
 from longskip.engine.validation import Validation
-from longskip.errors import BadSampleError, ConfigError, DataError
+from longskip.errors import BadSampleError, DataError
 
 SHOWN = 32
 
@@ -44,14 +44,7 @@ def evaluate(
     """
     loaded = load_run(run, which=which, weights=weights)
     config = loaded.config
-    how = Drawing(
-        sampler or config.eval.sampler,  # type: ignore[arg-type]
-        steps or config.eval.sample_steps,
-        config.eval.guidance if guidance is None else guidance,
-        seed,
-    )
-    if how.sampler not in ("euler", "heun"):
-        raise ConfigError(f"sampler {how.sampler!r}", cure="one of euler, heun")
+    how = Drawing.of(config.eval, sampler=sampler, steps=steps, guidance=guidance, seed=seed)
     result: dict[str, Any] = {
         "step": loaded.step,
         "checkpoint": loaded.checkpoint.name,

@@ -9,7 +9,6 @@ from longskip.engine.drawing import Drawing
 from longskip.engine.runs import find_run
 from longskip.engine.sample import check_prompts, draw_prompts, load_run, read_prompts
 from longskip.engine.validation import write_pictures
-from longskip.errors import ConfigError
 from longskip.launcher.progress import counting
 
 
@@ -18,9 +17,9 @@ def draw_to_folder(
     prompts: list[str],
     file: Path | None,
     *,
-    steps: int,
-    guidance: float,
-    sampler: str,
+    steps: int | None,
+    guidance: float | None,
+    sampler: str | None,
     seed: int,
     weights: str,
     which: str | None,
@@ -28,13 +27,11 @@ def draw_to_folder(
     as_json: bool,
 ) -> None:
     """Draw every prompt into ``out`` (RUN/drawn by default) and print where; LongskipError for what cannot be drawn."""
-    if sampler not in ("euler", "heun"):
-        raise ConfigError(f"--sampler {sampler!r}", cure="one of euler, heun")
     path = find_run(run)
     asked = [*prompts, *(read_prompts(file) if file else [])]
     loaded = load_run(path, which=which, weights=weights)
     check_prompts(loaded, asked)
-    how = Drawing(sampler, steps, guidance, seed)  # type: ignore[arg-type]
+    how = Drawing.of(loaded.config.eval, sampler=sampler, steps=steps, guidance=guidance, seed=seed)
     with counting("drawing", len(asked)) as progress:
         pictures = draw_prompts(loaded, asked, how, progress=progress)
     folder = out or path / "drawn"

@@ -67,9 +67,8 @@ def test_wrong_captions_score_near_chance() -> None:
         _, scenes = _pictures(1200, objects, 32, seed=2)
         result = score(pictures, scenes)
         assert result["full"] <= 0.01
-        figure(
-            f"judge on {result['count']} wrong captions, {objects} object(s): full {result['full']:.4f}, {attribute} {result[attribute]:.3f}"
-        )
+        found = f"full {result['full']:.4f}, {attribute} {result[attribute]:.3f}"
+        figure(f"judge on {result['count']} wrong captions, {objects} object(s): {found}")
         assert result["objects"] == 1.0
         assert result[attribute] == pytest.approx(chance, abs=0.05)
         if objects == 1:

@@ -429,10 +429,7 @@ def step_cost(config: Config, batch: BatchPlan, n_parameters: int) -> StepCost:
     """Exact model and hardware FLOPs (2 per multiply-add) and tokens of one global batch; N counts all trainables."""
     spec = config.backbone()
     one = spec.flops(batch=1)
-    hardware = one.model_flops - 2 * one.macs_by_op["patch"]  # the patches need no gradient towards the pictures
-    if config.engine.checkpointing:
-        ops = ("qkv", "attention", "proj", "mlp", "skip_linear", "ada")
-        hardware += 2 * (sum(one.macs_by_op[op] for op in ops) - (2 * spec.width**2 if spec.adaln else 0))  # no head
+    hardware = spec.hardware_flops(1, config.engine.checkpointing)
     return StepCost(
         images=batch.total,
         image_tokens=batch.total * one.image_tokens,

@@ -350,6 +350,23 @@ class UViTSpec:
         }
         return Flops(batch, batch * tokens, batch * img, {op: batch * macs for op, macs in one.items()})
 
+    def hardware_flops(self, batch: int = 1, checkpointing: bool = False) -> int:
+        """FLOPs (2 per multiply-add) that a training step of ``batch`` images really executes, forward and backward.
+
+        The backward pass leaves out the gradients that nothing needs: towards the pictures (patch projection) and
+        towards the time sinusoid (the time MLP's first layer); text features are taken to need theirs, as those of a
+        text encoder that is trained along do. ``checkpointing`` computes every block again, up to the last tensor that
+        the backward pass needs: without adaLN's gate that is the input of the MLP's second layer. What a fused attention
+        repeats inside its backward is not counted.
+        """
+        macs = self.flops(batch).macs_by_op
+        executed = 3 * sum(macs.values()) - macs["patch"] - macs["time_mlp"] // 2
+        if checkpointing:
+            executed += sum(macs[op] for op in ("qkv", "attention", "proj", "skip_linear"))
+            executed += macs["mlp"] if self.adaln else macs["mlp"] // 2
+            executed += macs["ada"] - batch * 2 * self.width**2 if self.adaln else 0  # all but the head's
+        return 2 * executed
+
     def saved_bytes(
         self,
         batch: int,

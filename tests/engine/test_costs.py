@@ -1,0 +1,41 @@
+"""What the ledger says a step costs, against a count of the ops that a step really dispatches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from longskip.engine.build import build_model
+from longskip.engine.diffusion import Flow
+from longskip.engine.trainer import step_cost
+from longskip.profiling import count_flops
+from tests.figures import figure
+from tests.ranks import small_config
+
+
+@pytest.mark.parametrize("model", [{}, {"conv": False}, {"skips": False}, {"adaln": True, "time_mlp": True}])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_hardware_flops_are_those_that_a_step_executes(shapes: Path, model: dict, checkpointing: bool) -> None:
+    config = small_config(shapes, model=model, engine={"checkpointing": checkpointing}, train={"batch_size": 2})
+    built = build_model(config, 300, layout="named").materialize(0)
+    counts = built.backbone.spec.param_counts()
+    cost = step_cost(config, config.batch(1), n_parameters=sum(p.numel() for p in built.parameters()))
+    flow = Flow(config.diffusion)
+    clean, noise, time = torch.rand(2, 3, 32, 32), torch.randn(2, 3, 32, 32), torch.tensor([0.3, 0.6])
+    tokens = torch.ones(2, 16, dtype=torch.int64)
+
+    def step() -> None:
+        prediction = built(flow.noised(clean, noise, time), time, tokens)
+        flow.loss(prediction, clean, noise, time, torch.ones(2)).sum().backward()
+
+    counted = count_flops(step)
+    executed = 2 * (counted.macs - counted.recomputed_macs)  # less what a fused attention repeats for itself
+    figure(
+        f"{model or 'plain'}, checkpointing {checkpointing}: hardware FLOPs {cost.hardware_flops:,}, executed {executed:,}"
+    )
+    assert cost.hardware_flops == executed
+    assert cost.model_flops == 3 * count_flops(lambda: built(clean, time, tokens)).flops
+    assert cost.six_nd == 6 * (counts.total + 300 * 64) * cost.tokens
+    assert cost.tokens == 2 * 33 and cost.image_tokens == 2 * 16

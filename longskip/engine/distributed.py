@@ -29,7 +29,7 @@ class World:
         return self.rank == 0
 
 
-NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 
 def world_from_environment() -> tuple[int, int, int]:
@@ -100,9 +100,9 @@ def import_deepspeed():  # type: ignore[no-untyped-def]
     import deepspeed
     from deepspeed.utils import logger
 
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(logging.ERROR)
     for handler in logger.handlers:
-        handler.setLevel(logging.WARNING)
+        handler.setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     return deepspeed

@@ -164,3 +164,70 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_step(shapes: Path,
     run = tmp_path / "run"
     assert run_ranks(2, _non_finite, small_config(shapes, deepspeed={"zero_stage": stage}), run) == [0, 0]
     assert json.loads((run / "incidents.jsonl").read_text().splitlines()[0])["kind"] == "not_finite"
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, (0, 1, 0)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, (3, 4, 1)),
+        ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}, (5, 8, 1)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 1, 0)),  # a batch script outside srun is one process
+        ({"RANK": "4", "WORLD_SIZE": "4"}, "not below"),
+        ({"WORLD_SIZE": "many"}, "whole numbers"),
+    ],
+)
+def test_the_world_that_the_environment_names(
+    variables: dict[str, str], expected: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longskip.engine.distributed import NAMES, world_from_environment
+
+    for name in [*NAMES, *NAMES.values()]:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(expected, str):
+        with pytest.raises(ConfigError, match=expected):
+            world_from_environment()
+    else:
+        assert world_from_environment() == expected
+
+
+def _listening() -> int:
+    """The addresses that this process listens on after joining a local world."""
+    import psutil
+
+    from longskip.engine.distributed import barrier, join
+
+    join()
+    barrier()
+    open_ports = [c.laddr.ip for c in psutil.Process().net_connections(kind="tcp") if c.status == "LISTEN"]
+    barrier()
+    return 0 if all(ip.startswith("127.") for ip in open_ports) else 5
+
+
+def test_local_ranks_listen_on_loopback_only() -> None:
+    assert run_ranks(2, _listening) == [0, 0]
+
+
+def test_a_deepspeed_file_of_the_users_own(shapes: Path, tmp_path: Path) -> None:
+    from longskip.engine.build import deepspeed_config
+
+    file = tmp_path / "ds.json"
+    config = small_config(shapes, deepspeed={"config": str(file)})
+
+    def merged(user: dict) -> dict:  # type: ignore[type-arg]
+        file.write_text(json.dumps(user))
+        return deepspeed_config(config, config.batch(2), n_parameters=1000, cuda=False)
+
+    tuned = merged({"train_batch_size": "auto", "zero_optimization": {"stage": 3, "overlap_comm": True}})
+    assert tuned["zero_optimization"]["overlap_comm"] is True and tuned["train_batch_size"] == 8
+    for user, word in (
+        ({"train_batch_size": 9}, "train_batch_size = 9"),
+        ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage = 2"),
+        ({"fp16": {"enabled": True}}, "fp16"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer"),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "zero_optimization.offload_param"),
+    ):
+        with pytest.raises(ConfigError, match=word.replace(".", r"\.")):
+            merged(user)

@@ -340,18 +340,19 @@ def prepare(config: Config, run_path: Path, world: World) -> Job:
     claimed: Any = on_main(world, lambda: _claim(run, config))
     resuming, kept_micro, attempt = claimed["resuming"], claimed["micro_batch"], claimed["attempt"]
     batch = config.batch(world.size, kept_micro)
-    on_main(world, lambda: _open(config).fingerprint())  # what is wrong with the data is said once, and by all
+    on_main(world, lambda: _check(config, batch, world.device))
     source = _open(config)
     plan = Plan(len(source), batch.total, config.train.seed)
     if not resuming:
         on_main(world, lambda: build.save_vocabulary(run / "vocabulary.json", build.build_vocabulary(config, source)))
     vocabulary = build.load_vocabulary(run / "vocabulary.json")
+    on_main(world, lambda: Validation(config, world, vocabulary, source).count)
+    validation = Validation(config, world, vocabulary, source)
 
     model = build.build_model(config, len(vocabulary))
     n_parameters = sum(math.prod(shape) for _, _, _, shape in model.canonical())
     ds_config = build.deepspeed_config(config, batch, n_parameters=n_parameters, cuda=world.device.type == "cuda")
     backends.configure(config.kernels.by_op())
-    validation = Validation(config, world, vocabulary, source)
     engine, optimizer, shards = build.build_engine(config, model, world, ds_config)
     cost = step_cost(config, batch, n_parameters)
     summary = _summary(config, run, cost, batch, n_parameters, source)
@@ -452,6 +453,13 @@ def _claim(run: RunFolder, config: Config) -> dict[str, Any]:
     saved = json.loads((run / "run.json").read_text("utf-8")) if resuming else {}
     attempts = (entry.attempt for entry in ledger.read(run / "ledger.jsonl").entries)
     return {"resuming": resuming, "micro_batch": saved.get("micro_batch"), "attempt": 1 + max(attempts, default=0)}
+
+
+def _check(config: Config, batch: BatchPlan, device: torch.device) -> None:
+    """What can be wrong with data and backends, found before any rank builds a model."""
+    Plan(len(_open(config)), batch.total, config.train.seed)
+    backends.configure(config.kernels.by_op())
+    backends.choices(device)
 
 
 def _open(config: Config) -> Source:

@@ -49,6 +49,11 @@ class Validation:
             vocabulary.encode(prompt, config.encoders.text.n_tokens, truncate=self._truncate)
 
     @property
+    def count(self) -> int:
+        """Validation samples that are looked at."""
+        return min(self.config.eval.samples, len(self.source)) if self.source is not None else 0
+
+    @property
     def _truncate(self) -> bool:
         return self.config.encoders.text.too_long == "truncate"
 
@@ -77,7 +82,7 @@ class Validation:
             seed=seed,
             too_long=text.too_long,
         )
-        count = min(config.eval.samples, len(self.source))
+        count = self.count
         micro = max(1, min(64, -(-count // self.world.size)))
         sums, weights = [0.0] * bins, [0.0] * bins
         # Every rank makes the same number of forward passes (stage 3 gathers in them); slots past the end weigh nothing.

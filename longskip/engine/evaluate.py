@@ -109,9 +109,10 @@ def _judge_shapes(loaded: Loaded, how: Drawing, count: int, sheet: Path) -> dict
 
 
 def _judge_nearest(loaded: Loaded, how: Drawing, count: int, sheet: Path) -> dict[str, Any]:
-    """For ``count`` training captions: is the training picture nearest to the drawn one the captioned one?
+    """For ``count`` training captions: is the captioned one the nearest to the drawn picture among the ``count`` asked?
 
-    Distance is Euclidean over pixels; captions that stand at several pictures are not asked.
+    Chance is 1/count; ``share_among_all`` asks the same among all training pictures. Distance is Euclidean over pixels;
+    captions that stand at several pictures are not asked.
     """
     config = loaded.config
     source = open_source(config.data.path)
@@ -122,12 +123,10 @@ def _judge_nearest(loaded: Loaded, how: Drawing, count: int, sheet: Path) -> dic
     order = generator(how.seed, 0, 0, "nearest").permutation(len(unique))[:count]
     asked = [unique[int(i)] for i in order]
     drawn = draw_prompts(loaded, [texts[i] for i in asked], how)
-    flat = pictures.reshape(len(pictures), -1).astype(np.float32)
-    norms = (flat**2).sum(1)
-    hits = []
-    for picture, index in zip(drawn, asked, strict=True):
-        row = picture.reshape(-1).astype(np.float32)
-        hits.append(int(np.argmin(norms - 2 * flat @ row)) == index)
+    nearest = _nearest(drawn, pictures)
+    among_asked = _nearest(drawn, pictures[asked])
+    hits = [asked[int(place)] == index for place, index in zip(among_asked, asked, strict=True)]
+    hits_among_all = [int(place) == index for place, index in zip(nearest, asked, strict=True)]
     shown, labels = [], []
     for picture, index, hit in list(zip(drawn, asked, hits, strict=True))[:SHOWN]:
         shown.append(np.concatenate([picture, pictures[index]], axis=1))
@@ -135,12 +134,20 @@ def _judge_nearest(loaded: Loaded, how: Drawing, count: int, sheet: Path) -> dic
     make_grid(shown, labels, columns=8, scale=max(1, 64 // shown[0].shape[0])).save(sheet)
     return {
         "count": len(asked),
-        "among": len(pictures),
         "hits": sum(hits),
         "share": sum(hits) / len(hits),
-        "chance": 1 / len(pictures),
+        "chance": 1 / len(asked),
+        "among_all": len(pictures),
+        "share_among_all": sum(hits_among_all) / len(hits),
         "examples": sheet.name,
     }
+
+
+def _nearest(drawn: np.ndarray, pictures: np.ndarray) -> np.ndarray:
+    """For each of (N, H, W, 3) the place of the nearest of (M, H, W, 3), Euclidean over pixels."""
+    ours = drawn.reshape(len(drawn), -1).astype(np.float64)
+    theirs = pictures.reshape(len(pictures), -1).astype(np.float64)
+    return np.argmin((theirs**2).sum(1) - 2 * ours @ theirs.T, axis=1)
 
 
 def _training_pictures(source: Source, resolution: tuple[int, int]) -> tuple[np.ndarray, list[str]]:

@@ -69,6 +69,7 @@ def print_evaluation(result: dict[str, Any]) -> None:
     if "nearest" in result:
         near = result["nearest"]
         console.print(
-            f"nearest training picture is the captioned one for {near['hits']} of {near['count']} "
-            f"({100 * near['share']:.1f}%; chance {100 * near['chance']:.2f}%)"
+            f"of the {near['count']} training pictures asked for, the nearest is the captioned one for {near['hits']} "
+            f"({100 * near['share']:.1f}%; chance {100 * near['chance']:.1f}%); among all {near['among_all']:,}: "
+            f"{100 * near['share_among_all']:.1f}%"
         )

@@ -34,7 +34,7 @@ _TABLE: dict[str, tuple[Any, ...]] = {
     "uvit-s2-cifar10":   (512,  12, 8,    2,    3,    (32, 32), 0,    0,    0,    True,  "normal"),
     "uvit-tiny":         (64,   4,  2,    8,    3,    (32, 32), 16,   64,   0,    True,  "sincos"),
     "uvit-shapes":       (128,  4,  4,    8,    3,    (32, 32), 16,   64,   0,    True,  "sincos"),
-    "uvit-emoji":        (192,  4,  6,    8,    3,    (32, 32), 16,   128,  0,    True,  "sincos"),
+    "uvit-emoji":        (256,  2,  4,    16,   3,    (32, 32), 16,   128,  0,    True,  "sincos"),
 }
 # fmt: on
 

@@ -31,7 +31,7 @@ test-slow: install
 # the figures that tests print (docs/results/main-job.md)
 figures: install
 	$(BIN)/python -m pytest -s -q tests/engine/test_training.py tests/engine/test_resume.py tests/engine/test_reader.py \
-	  tests/engine/test_judge.py tests/models/test_specs.py tests/test_house.py | grep -aE "^figure:|passed|failed"
+	  tests/engine/test_judge.py tests/engine/test_costs.py tests/models/test_specs.py tests/test_house.py | grep -aE "^figure:|passed|failed"
 
 lint: install
 	$(BIN)/ruff check .

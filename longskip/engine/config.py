@@ -83,7 +83,7 @@ class DataGroup(Group):
     crop: Literal["centre", "random"] = "centre"
     shuffle: Literal["full"] = "full"
     on_damage: Literal["stop", "skip"] = "stop"
-    max_bad_share: Share = 0.01
+    max_bad_share: Share = 0.05
 
 
 class TextGroup(Group):
@@ -136,7 +136,7 @@ class TrainGroup(Group):
     dtype: Literal["fp32", "bf16"] = "fp32"
 
 
-BACKENDS = ("auto", "reference", "torch", "triton", "flash_attn", "xformers")
+BACKENDS = ("auto", "reference", "torch", "triton")
 
 
 class KernelsGroup(Group):

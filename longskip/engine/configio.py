@@ -131,7 +131,9 @@ def _complaint(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         known = _fields_at([str(part) for part in item["loc"][:-1]])
         close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+        parent = path.rpartition(".")[0]
+        meant = f"{parent}.{close[0]}" if close and parent else "".join(close)
+        hint = f"did you mean {meant!r}?" if close else f"known here: {', '.join(known)}"
         return f"unknown key {path!r}; {hint}"
     message = str(item["msg"]).removeprefix("Value error, ")
     if not path:

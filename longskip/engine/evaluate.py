@@ -22,7 +22,7 @@ from longskip.engine.grids import make_grid
 from longskip.engine.runs import write_atomic
 from longskip.engine.sample import Loaded, draw_prompts, load_run
 from longskip.engine.validation import Validation
-from longskip.errors import BadSampleError, DataError
+from longskip.errors import BadSampleError, ConfigError, DataError
 
 SHOWN = 32
 
@@ -37,6 +37,7 @@ def evaluate(
     guidance: float | None = None,
     count: int | None = None,
     seed: int = 0,
+    kind: str | None = None,
 ) -> dict[str, Any]:
     """Score a checkpoint of ``run`` and write ``eval/step-N.json``; what is not given comes from the configuration.
 
@@ -44,6 +45,15 @@ def evaluate(
     """
     loaded = load_run(run, which=which, weights=weights)
     config = loaded.config
+    kind = kind or config.eval.judge
+    if kind not in ("shapes", "nearest", "none"):
+        raise ConfigError(f"judge {kind!r}", cure="one of shapes, nearest, none")
+    if kind == "none" and not config.data.validation:
+        raise ConfigError(
+            f"there is nothing to evaluate: {run} names no data.validation and no eval.judge",
+            cure="longskip evaluate RUN --judge nearest asks whether the training pictures come back; "
+            "data.validation gives a loss",
+        )
     how = Drawing.of(config.eval, sampler=sampler, steps=steps, guidance=guidance, seed=seed)
     result: dict[str, Any] = {
         "step": loaded.step,
@@ -51,16 +61,16 @@ def evaluate(
         "weights": weights,
         **how.to_json(),
         "count": count or config.eval.judge_count,
-        "judge_kind": config.eval.judge,
+        "judge_kind": kind,
     }
     if config.data.validation:
         result["loss"] = _loss(loaded)
     folder = run / "eval"
     folder.mkdir(exist_ok=True)
     name = f"step-{loaded.step:08d}"
-    if config.eval.judge == "shapes":
+    if kind == "shapes":
         result["judge"] = _judge_shapes(loaded, how, result["count"], folder / f"{name}.png")
-    elif config.eval.judge == "nearest":
+    elif kind == "nearest":
         result["nearest"] = _judge_nearest(loaded, how, result["count"], folder / f"{name}.png")
     write_atomic(folder / f"{name}.json", json.dumps(result, indent=1))
     return result
@@ -96,16 +106,20 @@ def _judge_shapes(loaded: Loaded, how: Drawing, count: int, sheet: Path) -> dict
     result: dict[str, Any] = {}
     shown: list[np.ndarray] = []
     texts: list[str] = []
+    refused: list[dict[str, str]] = []
     for name, held_out, n in (("seen", False, count - count // 2), ("held_out", True, count // 2)):
         chosen = judged_scenes(loaded.config, n, how.seed, held_out=held_out)
         pictures = draw_prompts(loaded, [text for _, text in chosen], how)
         result[name] = score(list(pictures), [scene for scene, _ in chosen])
-        for picture, (scene, text) in list(zip(pictures, chosen, strict=True))[: SHOWN // 2]:
+        for i, (picture, (scene, text)) in enumerate(zip(pictures, chosen, strict=True)):
             verdict = judge(picture, scene)
-            shown.append(picture)
-            texts.append(text if verdict.full else f"✗ {text}")
+            if not verdict.full:
+                refused.append({"part": name, "prompt": text, "seen": verdict.seen})
+            if i < SHOWN // 2:
+                shown.append(picture)
+                texts.append(text if verdict.full else f"✗ {text} (read: {verdict.seen})")
     make_grid(shown, texts, columns=8, scale=max(1, 96 // shown[0].shape[1])).save(sheet)
-    return result | {"examples": sheet.name}
+    return result | {"refused": refused, "examples": sheet.name}
 
 
 def _judge_nearest(loaded: Loaded, how: Drawing, count: int, sheet: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from longskip.errors import DataError
 
 _READABLE = 144
 _MARGIN = 12
-_LINES = 3
+_LINES = 6
 _FONT_SIZE = 13
 _PAPER = (255, 255, 255)
 _INK = (40, 42, 46)
@@ -31,7 +31,7 @@ def make_grid(
 
     ``scale`` enlarges by a whole factor without smoothing, so that every pixel of a small picture stays a sharp
     square; None takes the smallest factor that makes the largest picture 144 px wide or high. ``columns`` None gives
-    a grid about as wide as high. Captions wrap to their picture's width and end in an ellipsis after three lines.
+    a grid about as wide as high. Captions wrap to their picture's width and end in an ellipsis after six lines.
     DataError when there is no picture, a picture of another shape or dtype, or not one caption for each.
     """
     if not images:
@@ -78,7 +78,7 @@ def make_grid(
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """The caption in at most three lines of ``width`` pixels; a word that is too long is broken."""
+    """The caption in at most six lines of ``width`` pixels; a word that is too long is broken."""
     lines: list[str] = []
     rest = " ".join(text.split())
     while rest and len(lines) < _LINES:

@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,15 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def sweep_failed_start(self) -> None:
+        """Remove what a start that never became a run left behind; a folder with a configuration is left alone."""
+        if (self.path / "config.yaml").exists():
+            return
+        for name in ("run.lock", "vocabulary.json"):
+            (self.path / name).unlink(missing_ok=True)
+        with suppress(OSError):  # something else stands in it
+            self.path.rmdir()
 
     def check(self, config: Config) -> bool:
         """True when this folder holds a run of ``config`` already, False when it is new.

@@ -122,7 +122,9 @@ class Job:
         values = self.validation.loss(self.engine, self.shards, self.flow)
         if values is not None:
             self.metrics.record(self.state.step, values)
-            self.metrics.say(f"step {self.state.step}  validation loss {values['validation/loss']:.4f} (EMA weights)")
+            self.metrics.say(
+                f"step {self.state.step}  validation loss {values['validation/loss']:.4f} (EMA weights, times evenly spread)"
+            )
 
     def draw_samples(self) -> None:
         """Draw the run's prompts; a failure is an incident, never the end of a training."""
@@ -316,7 +318,12 @@ def train(config: Config, run_path: Path) -> int:
     """
     signals.listen()
     world = join(config.launch.timeout_minutes)
-    job = prepare(config, run_path, world)
+    try:
+        job = prepare(config, run_path, world)
+    except LongskipError:
+        if world.is_main:
+            RunFolder(run_path).sweep_failed_start()
+        raise
     status = "failed"
     try:
         code = fit(job)
@@ -510,9 +517,11 @@ def _summary(
 def _announce(job: Job, resuming: bool, n_parameters: int, meter: Meter) -> None:
     config, state = job.config, job.state
     say = job.metrics.say
+    backbone = config.backbone().param_counts().total
+    text = f" ({n_parameters - backbone:,} of them the text encoder's)" if n_parameters > backbone else ""
     say(
-        f"{config.model.preset}: {n_parameters:,} parameters, {config.train.dtype}, ZeRO-{config.deepspeed.zero_stage}, "
-        f"{config.engine.layout} layout, {job.batch}"
+        f"{config.model.preset}: {n_parameters:,} parameters{text}, {config.train.dtype}, "
+        f"ZeRO-{config.deepspeed.zero_stage}, {config.engine.layout} layout, {job.batch}"
     )
     say(f"{len(job.source):,} samples in {config.data.path}; {config.train.steps:,} steps")
     if meter.reason:

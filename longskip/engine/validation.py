@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ class Validation:
         self.config, self.world, self.vocabulary = config, world, vocabulary
         self.source = open_source(config.data.validation) if config.data.validation else None
         self.spec = config.backbone()
-        self.prompts = list(config.logging.prompts) or _first_captions(self.source or training)
+        fits = partial(_fits, vocabulary, config.encoders.text.n_tokens, self._truncate)
+        self.prompts = list(config.logging.prompts) or _first_captions(self.source or training, fits)
         for prompt in self.prompts:  # a prompt that is too long is refused before the first step
             vocabulary.encode(prompt, config.encoders.text.n_tokens, truncate=self._truncate)
 
@@ -173,13 +175,19 @@ def _gather_pictures(mine: np.ndarray, world: World) -> np.ndarray:
     return np.concatenate([part.cpu().numpy() for part in parts])
 
 
-def _first_captions(source: Source) -> list[str]:
+def _fits(vocabulary: Vocabulary, n_tokens: int, truncate: bool, text: str) -> bool:
+    return truncate or len(vocabulary.ids(text)) <= n_tokens
+
+
+def _first_captions(source: Source, fits: Callable[[str], bool]) -> list[str]:
     captions: list[str] = []
-    for i in range(min(len(source), 4 * DEFAULT_PROMPTS)):
+    for i in range(min(len(source), 16 * DEFAULT_PROMPTS)):
         try:
-            captions.append(source.read(i).captions[0][0])
+            text = source.read(i).captions[0][0]
         except BadSampleError:
             continue
+        if fits(text) and text not in captions:
+            captions.append(text)
         if len(captions) == DEFAULT_PROMPTS:
             break
     return captions

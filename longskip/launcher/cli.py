@@ -81,7 +81,10 @@ def train(
     raise typer.Exit(run_training(resolved, run))
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    options_metavar="[OPTIONS] -- train CONFIG [a.b=c]...",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
 def launch(
     context: typer.Context,
     local: Annotated[int, typer.Option("--local", metavar="N", help="ranks on this machine")] = 2,
@@ -104,7 +107,7 @@ def sample(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     weights: WeightsOption = "ema",
     checkpoint: CheckpointOption = None,
-    out: Annotated[Path | None, typer.Option(help="folder for the pictures; RUN/drawn by default")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for the pictures; RUN/drawn/001, 002 … by default")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Draw pictures from prompts: one process, no DeepSpeed; the same prompt and seed give the same picture."""
@@ -126,6 +129,7 @@ def evaluate(
     sampler: Annotated[str | None, typer.Option(help="euler or heun; the configuration's by default")] = None,
     count: Annotated[int | None, typer.Option(min=2, help="pictures to judge; the configuration's by default")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    judge: Annotated[str | None, typer.Option(help="shapes, nearest or none; the configuration's by default")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Score a checkpoint: loss per time bin and the judge's verdict on drawn pictures, in RUN/eval/step-N.json."""
@@ -135,7 +139,7 @@ def evaluate(
 
     result = run_evaluation(
         find_run(run), which=checkpoint, weights=weights, steps=steps, guidance=guidance, sampler=sampler,
-        count=count, seed=seed,
+        count=count, seed=seed, kind=judge,
     )  # fmt: skip
     if as_json:
         print(json.dumps(result))
@@ -146,7 +150,9 @@ def evaluate(
 @app.command()
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="runs to show, overlaid where there are several")],
-    out: Annotated[Path | None, typer.Option(help="the HTML file; RUN/report.html by default")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="the HTML file; RUN/report.html, or report.html here for several")
+    ] = None,
 ) -> None:
     """One self-contained HTML page: curves, throughput, ledger, samples over time, judge's scores, configuration."""
     from longskip.engine.runs import find_run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +24,7 @@ data:
   # validation: another/folder   # its loss is reported per time bin
   flip: false
 encoders:
-  text: {{kind: words, width: {text_width}, n_tokens: {n_txt}}}
+  text: {{kind: words, width: {text_width}, n_tokens: {n_txt}, too_long: truncate}}
 diffusion:
   prediction: x           # v, or x with the velocity's weighting
   caption_dropout: 0.1    # for guidance
@@ -38,6 +39,8 @@ train:
 logging:
   samples_every: 500
   prompts: []             # drawn while training; captions of the data when empty
+eval:
+  judge: none             # nearest: do the training pictures come back? (for small sets)
 deepspeed:
   zero_stage: 3
 """
@@ -56,6 +59,14 @@ def new(
     from longskip.models.presets import preset as preset_of
 
     spec = preset_of(preset)
+    if spec.n_classes or (spec.channels != 3 and resolution is None):
+        raise ConfigError(
+            f"preset {preset} is made for {'classes' if spec.n_classes else 'latents'}; this version trains pixels with "
+            "captions",
+            cure="choose uvit-tiny, uvit-shapes or uvit-emoji, or give --resolution in pixels",
+        )
+    if not data.exists():
+        print(f"note: {data} is not there yet", file=sys.stderr)
     if out.exists():
         raise ConfigError(f"{out} is there already", cure="choose another --out")
     text = TEMPLATE.format(

@@ -20,7 +20,7 @@ PathArgument = Annotated[Path, typer.Argument(metavar="DATA", help="a folder of 
 @app.command()
 def make(
     kind: Annotated[str, typer.Argument(metavar="shapes|emoji")],
-    out: Annotated[Path, typer.Option(help="the folder for the shards")] = Path("data/shapes"),
+    out: Annotated[Path | None, typer.Option(help="the folder for the shards; data/KIND by default")] = None,
     count: Annotated[int, typer.Option(min=1, help="pictures (shapes)")] = 20_000,
     seed: Annotated[int, typer.Option(min=0, help="the set is a function of it (shapes)")] = 0,
     objects: Annotated[str, typer.Option(help="1, 2 or mixed (shapes)")] = "1",
@@ -29,6 +29,7 @@ def make(
     font: Annotated[Path | None, typer.Option(help="the colour-emoji font (emoji)")] = None,
 ) -> None:
     """Draw a set: shapes with true captions, or the system's colour-emoji font with Unicode names."""
+    out = out or Path("data") / kind
     if kind == "shapes":
         from longskip.engine.data.shapes import write_shapes
 
@@ -79,16 +80,24 @@ def index(
 
 
 @app.command()
-def lint(path: PathArgument, as_json: JsonOption = False) -> None:
+def lint(
+    path: PathArgument,
+    config: Annotated[Path | None, typer.Option(help="a run's YAML: its caption limit is checked too")] = None,
+    as_json: JsonOption = False,
+) -> None:
     """Read everything once: hashes, pictures, captions; exit code 1 when something is bad."""
+    from longskip.engine.configio import load_config
     from longskip.engine.data.lint import lint as check
 
+    text = load_config(config).encoders.text if config else None
+    limit = text.n_tokens if text and text.too_long == "error" else None
     with counting("reading", None) as progress:
-        found = check(path, progress=progress)
+        found = check(path, n_txt=limit, progress=progress)
     if as_json:
         print(json.dumps(found.to_json()))
     else:
         print(f"{found.good:,} of {found.samples:,} samples can be trained on; {found.sha256_checked} shard(s) hashed")
+        print(f"longest caption: {found.longest_caption} words")
         for reason, count in sorted(found.counts.items()):
             print(f"  {reason}: {count:,}")
         for name, reason, detail in found.examples:

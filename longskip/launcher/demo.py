@@ -29,7 +29,9 @@ def run_demo(*, ranks: int = 2, steps: int | None = None, name: str = "demo") ->
     overrides = [f"train.name={name}", *([f"train.steps={steps}"] if steps else [])]
     config = load_config(demo_config(), overrides)
     _make_data(Path(config.data.path), Path(str(config.data.validation)))
-    code = launch(ranks, ["train", str(demo_config()), *overrides])
+    last = RUNS / name / "checkpoints" / f"step-{config.train.steps:08d}"
+    finished_before = last.is_dir()
+    code = EXIT_DONE if finished_before else launch(ranks, ["train", str(demo_config()), *overrides])
     if code != EXIT_DONE:
         return code
     trained = time.monotonic()
@@ -46,8 +48,11 @@ def run_demo(*, ranks: int = 2, steps: int | None = None, name: str = "demo") ->
     seconds = time.monotonic() - begin
     judged = result["judge"]
     timing = {"ranks": ranks, "seconds": round(seconds, 1), "training_seconds": round(trained - begin, 1)}
-    (run / "demo.json").write_text(json.dumps(timing | {"judge": judged}, indent=1), "utf-8")
-    print(f"\n{seconds / 60:.1f} minutes, of which training {(trained - begin) / 60:.1f}")
+    if finished_before:
+        print("\nthis run was trained before; it was judged and reported anew")
+    else:
+        (run / "demo.json").write_text(json.dumps(timing | {"judge": judged}, indent=1), "utf-8")
+        print(f"\n{seconds / 60:.1f} minutes, of which training {(trained - begin) / 60:.1f}")
     print(f"pictures  {run / 'eval' / str(judged['examples'])}")
     print(f"report    {page}")
     print(f"match     seen {judged['seen']['full']:.3f}   held-out {judged['held_out']['full']:.3f}")

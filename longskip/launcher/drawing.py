@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from longskip.engine.drawing import Drawing
@@ -26,18 +27,33 @@ def draw_to_folder(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Draw every prompt into ``out`` (RUN/drawn by default) and print where; LongskipError for what cannot be drawn."""
+    """Draw every prompt into ``out`` (RUN/drawn/001, 002 … by default) and print where.
+
+    LongskipError for what cannot be drawn.
+    """
     path = find_run(run)
     asked = [*prompts, *(read_prompts(file) if file else [])]
     loaded = load_run(path, which=which, weights=weights)
     check_prompts(loaded, asked)
+    for prompt in asked:
+        strange = loaded.vocabulary.unknown(prompt)
+        if strange:
+            print(f"longskip: {prompt!r}: not in the training captions: {', '.join(strange)}", file=sys.stderr)
     how = Drawing.of(loaded.config.eval, sampler=sampler, steps=steps, guidance=guidance, seed=seed)
     with counting("drawing", len(asked)) as progress:
         pictures = draw_prompts(loaded, asked, how, progress=progress)
-    folder = out or path / "drawn"
+    folder = out or _next_folder(path / "drawn")
     write_pictures(folder, pictures, asked, how, weights=weights)
     if as_json:
         files = [str(folder / f"{i:03d}.png") for i in range(len(asked))]
         print(json.dumps({"files": files, "checkpoint": loaded.checkpoint.name, "weights": weights} | how.to_json()))
     else:
         print(f"{len(asked)} picture(s) from {loaded.checkpoint.name} ({weights} weights): {folder / 'grid.png'}")
+
+
+def _next_folder(parent: Path) -> Path:
+    """``parent/001``, ``002`` …: the first that is not there, so that no earlier pictures are lost."""
+    number = 1
+    while (parent / f"{number:03d}").exists():
+        number += 1
+    return parent / f"{number:03d}"

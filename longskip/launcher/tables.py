@@ -36,7 +36,10 @@ def print_presets() -> None:
     from rich.table import Table
 
     table = Table(
-        caption="GMACs: one forward pass of one image, linear + conv + QKᵀ + PV; more in --json", box=box.SIMPLE_HEAD
+        caption="backbones; GMACs of one forward pass of one image; more in --json",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     for title in ("preset", "width", "blocks", "heads", "tokens", "parameters", "GMACs"):
         table.add_column(title, justify="left" if title == "preset" else "right", no_wrap=True)

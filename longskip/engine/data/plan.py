@@ -176,7 +176,7 @@ class Plan:
         if self.n_samples < self.batch:
             raise DataError(
                 f"the data hold {self.n_samples} samples, fewer than the global batch of {self.batch}",
-                cure=f"set the global batch to {self.n_samples} or less, or add data",
+                cure=f"set train.batch_size to {self.n_samples} or less, or add data",
             )
 
     def cursor(self, position: int = 0) -> Cursor:

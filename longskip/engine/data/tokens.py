@@ -80,15 +80,22 @@ class Vocabulary:
             known = number is not None
         return out
 
+    def unknown(self, text: str) -> list[str]:
+        """The words of a text that the vocabulary does not hold, which are spelt in bytes."""
+        return [word for word in dict.fromkeys(split_words(text)) if word not in self._id]
+
     def encode(self, text: str, n_tokens: int, *, truncate: bool = False) -> np.ndarray:
         """``(n_tokens,)`` int64, padded with 0. Raises ``TextTooLongError`` unless ``truncate`` cuts the end off."""
         ids = self.ids(text)
         if len(ids) > n_tokens:
             if not truncate:
                 shown = text if len(text) <= 60 else text[:57] + "..."
+                strange = self.unknown(text)
+                spelt = f" (unknown words are spelt in bytes: {', '.join(strange[:6])})" if strange else ""
                 raise TextTooLongError(
-                    f"the text {shown!r} has {len(ids)} tokens; the limit is {n_tokens}",
-                    cure="shorten it, raise the number of text tokens, or allow truncation",
+                    f"the text {shown!r} has {len(ids)} tokens; the limit is {n_tokens}{spelt}",
+                    cure="shorten it, use words of the training captions, or train with more encoders.text.n_tokens "
+                    "or encoders.text.too_long: truncate",
                 )
             del ids[n_tokens:]
         out = np.zeros(n_tokens, dtype=np.int64)

@@ -26,7 +26,7 @@ def test_numbers_as_yaml_text(tmp_path: Path) -> None:
     [
         ("optm: {lr: 1}", ["optm", "did you mean 'optim'"]),
         ("optim: {learning_rate: 1}", ["optim.learning_rate", "lr"]),
-        ("train: {stepz: 1}", ["train.stepz", "did you mean 'steps'"]),
+        ("train: {stepz: 1}", ["train.stepz", "did you mean 'train.steps'"]),
         ("encoders: {text: {tokens: 3}}", ["encoders.text.tokens", "n_tokens"]),
         ("optim: {lr: fast}", ["optim.lr", "fast"]),
         ("optim: {lr: -1}", ["optim.lr", "-1"]),

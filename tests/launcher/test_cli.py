@@ -80,6 +80,16 @@ def test_sample_is_deterministic(trained: Path, monkeypatch: pytest.MonkeyPatch)
     assert raw.returncode == 0 and "step-00000003 (raw weights)" in raw.stdout
 
 
+def test_sample_overwrites_nothing_and_names_words_it_does_not_know(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(trained)
+    for number in ("001", "002"):
+        done = longskip("sample", "run", "--prompt", "a small red zebra, center", "--steps", "1")
+        assert done.returncode == 0 and "zebra" in done.stderr and "red" not in done.stderr.partition("captions:")[2]
+        assert (trained / "runs" / "run" / "drawn" / number / "grid.png").is_file()
+
+
 def test_evaluate_and_report(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(trained)
     done = longskip("evaluate", "run", "--json")
@@ -168,6 +178,12 @@ def test_a_plain_folder_trains_without_conversion(shapes: Path, in_tmp: Path) ->
     assert done.returncode == 0, done.stderr
     bad = [json.loads(line) for line in (in_tmp / "runs" / "mine" / "bad_samples.jsonl").read_text().splitlines()]
     assert [entry["key"] for entry in bad] == ["007"] and bad[0]["reason"]
+    nothing = longskip("evaluate", "mine")
+    assert nothing.returncode == 2 and "--judge nearest" in nothing.stderr
+    near = longskip("evaluate", "mine", "--judge", "nearest", "--count", "4", "--steps", "1", "--json")
+    assert near.returncode == 0, near.stderr
+    result = json.loads(near.stdout)["nearest"]
+    assert result["count"] == 4 and result["chance"] == 0.25 and result["among_all"] == 23
     strict = longskip("train", "mine.yaml", *overrides[:3], "train.name=strict", "data.max_bad_share=0")
     assert strict.returncode == 1 and "data.max_bad_share" in strict.stderr and "bad_samples.jsonl" in strict.stderr
 
@@ -197,7 +213,7 @@ def test_bad_data_is_refused_before_work(shapes: Path, in_tmp: Path) -> None:
         assert done.returncode in (1, 2) and "Traceback" not in done.stderr, (override, done.stderr)
         for word in words:
             assert word in done.stderr, (override, done.stderr)
-    assert not list(in_tmp.glob("runs/*/checkpoints/step-*"))
+    assert not list(in_tmp.glob("runs/*"))  # a start that never became a run leaves nothing behind
 
 
 def test_data_commands(in_tmp: Path) -> None:
@@ -211,6 +227,9 @@ def test_data_commands(in_tmp: Path) -> None:
     data[700] ^= 255
     shard.write_bytes(data)
     assert longskip("data", "lint", "s").returncode == 1
+    (in_tmp / "run.yaml").write_text("encoders: {text: {n_tokens: 4}}\n")
+    long = longskip("data", "lint", "s", "--config", "run.yaml", "--json")
+    assert long.returncode == 1 and json.loads(long.stdout)["counts"]["text_too_long"] >= 25
     (in_tmp / "p").mkdir()
     Image.new("RGB", (20, 20), "red").save(in_tmp / "p" / "a.png")
     (in_tmp / "p" / "metadata.jsonl").write_text(

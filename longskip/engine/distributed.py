@@ -72,11 +72,12 @@ def join(timeout_minutes: int = 30) -> World:
 def _start_process_group(rank: int, size: int, timeout: datetime.timedelta) -> None:
     """The process group on a store of our own, which listens on loopback only when all ranks are on this machine.
 
-    torch's own rendezvous listens on every interface, whatever MASTER_ADDR says.
+    torch's own rendezvous listens on every interface, whatever MASTER_ADDR says; under torchrun, whose agent has a store
+    there already, and over several nodes it is used all the same.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if address not in ("127.0.0.1", "localhost"):
+    if address not in ("127.0.0.1", "localhost") or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         torch.distributed.init_process_group(backend, timeout=timeout)
         return
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

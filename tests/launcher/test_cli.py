@@ -252,3 +252,22 @@ def test_doctor_presets_and_dry_run(shapes: Path, in_tmp: Path) -> None:
     shown = longskip("train", "run.yaml", "--dry-run", "optim.lr=5e-4")
     assert shown.returncode == 0 and "lr: 0.0005" in shown.stdout and '"stage": 3' in shown.stdout
     assert not (in_tmp / "runs").exists()
+
+
+@pytest.mark.slow
+def test_ranks_started_by_torchrun(shapes: Path, in_tmp: Path) -> None:
+    """The same command under torchrun: the same losses as under the deepspeed launcher."""
+    from tests.engine.test_training import losses
+
+    (in_tmp / "run.yaml").write_text(dump_yaml(small_config(shapes, train={"steps": 4}, checkpoint={"every": 4})))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "longskip.launcher", "train", "run.yaml", "train.name=torchrun"],
+        env=rank_environment(2),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert longskip("launch", "--local", "2", "--", "train", "run.yaml", ranks=2).returncode == 0
+    assert losses(in_tmp / "runs" / "torchrun") == losses(in_tmp / "runs" / "run")

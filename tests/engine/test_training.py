@@ -74,21 +74,26 @@ def test_stages_ranks_and_layouts_agree(shapes: Path, stage0: Path, tmp_path: Pa
         assert max(float((ours[n] - theirs[n]).abs().max()) for n in ours) <= 2e-5
 
 
-@pytest.mark.parametrize(("stage", "world", "layout"), [(1, 2, "named"), (3, 2, "flat"), (3, 2, "named")])
+@pytest.mark.parametrize(
+    ("stage", "layout", "dtype"),
+    [(0, "named", "fp32"), (1, "flat", "fp32"), (2, "named", "fp32"), (3, "flat", "fp32"), (1, "named", "bf16"),
+     (3, "named", "bf16")],
+)  # fmt: skip
 def test_initial_parameters_are_bitwise_equal(
-    shapes: Path, tmp_path: Path, stage: int, world: int, layout: str
+    shapes: Path, tmp_path: Path, stage: int, layout: str, dtype: str
 ) -> None:
-    one, other = tmp_path / "one", tmp_path / "other"
-    base = {"deepspeed": {"zero_stage": 0}, "train": {"dtype": "bf16"}}
-    assert run_ranks(1, _prepare_and_save, small_config(shapes, **base), one) == [0]
-    config = small_config(shapes, deepspeed={"zero_stage": stage}, engine={"layout": layout}, train={"dtype": "bf16"})
+    """2 ranks at any stage in any layout against one rank's flat stage 0; bf16 runs have exact fp32 masters too."""
+    one, other, world = tmp_path / "one", tmp_path / "other", 2
+    base = small_config(shapes, deepspeed={"zero_stage": 0}, train={"dtype": dtype})
+    assert run_ranks(1, _prepare_and_save, base, one) == [0]
+    config = small_config(shapes, deepspeed={"zero_stage": stage}, engine={"layout": layout}, train={"dtype": dtype})
     assert run_ranks(world, _prepare_and_save, config, other) == [0] * world
     ours, theirs = weights(one, step=0), weights(other, step=0)
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name
     figure(
-        f"initial fp32 masters (bf16 run), stage {stage}, {layout}, {world} ranks: {len(ours)} tensors bitwise equal"
+        f"initial fp32 weights ({dtype} run), stage {stage}, {layout}, {world} ranks: {len(ours)} tensors bitwise equal"
     )
 
 

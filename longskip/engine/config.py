@@ -70,44 +70,106 @@ class ModelGroup(Group):
         return (value, value) if isinstance(value, int) else value
 
 
+class MixedGroup(Group):
+    """One data set of a mix, and its share of the samples (any positive number; shares are relative)."""
+
+    path: str
+    weight: Above = 1.0
+
+
 class DataGroup(Group):
-    """``path``: a folder of shards with its index, or a folder of pictures with captions.
+    """``path``: a folder of shards with its index, or a folder of pictures with captions; or a ``mix`` of such folders.
 
     ``on_damage``: bytes that differ from the index stop the run, or count as bad samples (``skip``).
+    ``buckets``: pictures are sorted by aspect ratio into these (H, W) pixels (``auto``: a usual set of the resolution's
+    area), and every global batch is of one bucket. ``shuffle``: ``full`` reads anywhere in local shards, ``window``
+    permutes shards and shuffles within ``window_shards`` of them, which streams. ``remote`` names what fetches shards
+    from a URL into ``cache``.
     """
 
     path: str = ""
+    mix: tuple[MixedGroup, ...] = ()
     validation: str | None = None
     workers: Count = 0
     flip: bool = False
     crop: Literal["centre", "random"] = "centre"
-    shuffle: Literal["full"] = "full"
+    buckets: Literal["off", "auto"] | tuple[tuple[Positive, Positive], ...] = "off"
+    shuffle: Literal["full", "window"] = "full"
+    window_shards: Positive = 8
+    remote: Literal["none", "fsspec", "webdataset"] = "none"
+    cache: str | None = None
+    cache_gib: Above = 64.0
     on_damage: Literal["stop", "skip"] = "stop"
     max_bad_share: Share = 0.05
 
 
-class TextGroup(Group):
-    """The text encoder that is trained with the backbone: words, with bytes for words it does not know."""
+# n_tokens and width of a text encoder where the configuration names none.
+_TEXT_SHAPES = {"words": (16, 64), "clip": (77, 1024), "t5": (120, 4096), "none": (16, 64)}
 
-    kind: Literal["words", "none"] = "words"
+
+class TextGroup(Group):
+    """The text encoder: ``words`` is small and trained with the backbone (words, with bytes for words it does not know);
+    ``t5`` and ``clip`` are frozen ones in a local folder ``path`` (transformers' format), which features made by
+    ``longskip data encode`` stand for as well. ``width`` is that of its output, (n_tokens, width) per caption.
+    """
+
+    kind: Literal["words", "t5", "clip", "none"] = "words"
+    path: str | None = None
     width: Positive = 64
     n_tokens: Positive = 16
     vocabulary: Positive = 4096
     too_long: Literal["error", "truncate"] = "error"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _shape_of_kind(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        n_tokens, width = _TEXT_SHAPES.get(value.get("kind", "words"), (16, 64))
+        return {"n_tokens": n_tokens, "width": width} | value
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the text comes as features of an encoder that is not trained."""
+        return self.kind in ("t5", "clip")
+
+
+class VaeGroup(Group):
+    """The frozen autoencoder (diffusers' AutoencoderKL in a local folder): latents = (z − shift)·scale, pixels ÷ factor.
+
+    ``none``: the model draws pixels. Shards of latents need no ``path`` to train, only to draw pictures.
+    """
+
+    kind: Literal["none", "vae"] = "none"
+    path: str | None = None
+    channels: Positive = 4
+    factor: Positive = 8
+    scale: Above = 0.18215
+    shift: Real = 0.0
+
 
 class EncodersGroup(Group):
+    vae: VaeGroup = VaeGroup()
     text: TextGroup = TextGroup()
 
 
 class DiffusionGroup(Group):
-    """Rectified flow x_t = (1−t)·x0 + t·ε with logit-normal(``time_mean``, ``time_std``) times (SD3, 2403.03206)."""
+    """What is learnt. ``flow``: rectified flow x_t = (1−t)·x0 + t·ε with logit-normal(``time_mean``, ``time_std``) times
+    (SD3, 2403.03206), shifted t → s·t/(1 + (s−1)·t) by ``shift`` s for higher resolutions. ``ddpm``: the discrete
+    schedule of Stable Diffusion, betas scaled-linear from ``beta_start`` to ``beta_end`` over ``train_steps``.
+    ``min_snr``: γ of min-SNR weighting (2303.09556).
+    """
 
-    objective: Literal["flow"] = "flow"
-    prediction: Literal["v", "x"] = "v"
+    objective: Literal["flow", "ddpm"] = "flow"
+    prediction: Literal["v", "x", "epsilon"] = "v"
     time_mean: Real = 0.0
     time_std: Above = 1.0
     time_floor: Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1)] = 0.05
+    shift: Above = 1.0
+    min_snr: Above | None = None
+    beta_start: Above = 0.00085
+    beta_end: Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1)] = 0.012
+    train_steps: Annotated[int, BeforeValidator(_whole), Field(ge=2)] = 1000
     caption_dropout: Share = 0.1
 
 
@@ -125,7 +187,10 @@ class OptimGroup(Group):
 
 
 class TrainGroup(Group):
-    """Global ``batch_size`` = ``micro_batch`` × ``accumulation`` × ranks; two are given, the third is derived."""
+    """Global ``batch_size`` = ``micro_batch`` × ``accumulation`` × ranks; two are given, the third is derived.
+
+    ``init_from``: a run or a ``.safetensors`` file whose weights (EMA by default) a new run starts from.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
     steps: Positive = 1000
@@ -134,6 +199,8 @@ class TrainGroup(Group):
     accumulation: Positive | None = None
     seed: Count = 0
     dtype: Literal["fp32", "bf16"] = "fp32"
+    init_from: str | None = None
+    init_weights: Literal["ema", "raw"] = "ema"
 
 
 BACKENDS = ("auto", "reference", "torch", "triton")
@@ -157,10 +224,24 @@ class KernelsGroup(Group):
 
 
 class EngineGroup(Group):
-    """``layout``: ``flat`` keeps two tensors per block (ZeRO's unit), ``named`` one per parameter; the same losses."""
+    """``layout``: ``flat`` keeps two tensors per block (ZeRO's unit), ``named`` one per parameter; the same losses.
+
+    ``checkpointing``: keep only the input of every k-th run of k blocks and compute the rest again in the backward pass;
+    0 (or false, none) keeps all, 1 (or true, all) every block's input. ``compile``: ``torch.compile`` of each block.
+    ``ema_device``: where the average of the weights lives, beside the weights or in host memory.
+    """
 
     layout: Literal["flat", "named"] = "flat"
-    checkpointing: bool = False
+    checkpointing: Annotated[int, Field(ge=0)] = 0
+    compile: bool = False
+    ema_device: Literal["device", "cpu"] = "device"
+
+    @field_validator("checkpointing", mode="before")
+    @classmethod
+    def _every_kth(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            return int(value)
+        return {"none": 0, "all": 1}.get(value, value) if isinstance(value, str) else value
 
 
 class CheckpointGroup(Group):
@@ -190,15 +271,19 @@ class EvalGroup(Group):
     judge: Literal["shapes", "nearest", "none"] = "none"
     judge_count: Annotated[int, BeforeValidator(_whole), Field(ge=2)] = 200
     judge_objects: Literal[1, 2] = 1
-    sampler: Literal["euler", "heun"] = "euler"
+    sampler: Literal["auto", "euler", "heun", "ddim", "dpm++"] = "auto"
     sample_steps: Positive = 25
     guidance: Rate = 3.0
 
 
 class DeepspeedGroup(Group):
-    """``config``: a DeepSpeed JSON of your own, merged under what longskip sets; contradictions are refused."""
+    """``zero_stage``: ``auto`` is the smallest that fits, kept on resume. ``config``: a DeepSpeed JSON of your own, merged
+    under what longskip sets; contradictions are refused.
+    """
 
-    zero_stage: Literal[0, 1, 2, 3] = 3
+    zero_stage: Literal[0, 1, 2, 3, "auto"] = 3
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    offload_param: Literal["none", "cpu"] = "none"
     config: str | None = None
 
 
@@ -229,6 +314,15 @@ class Config(Group):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
+        if any(side % self.factor for side in self.resolution):
+            raise ValueError(
+                f"model.resolution {self.resolution} is not divisible by encoders.vae.factor {self.factor}; "
+                f"take sides that are multiples of {self.factor * preset(self.model.preset).patch}"
+            )
+        if self.data.path and self.data.mix:
+            raise ValueError("data.path and data.mix are both set; give one of them")
+        if self.diffusion.objective == "flow" and self.diffusion.prediction == "epsilon":
+            raise ValueError("diffusion.prediction epsilon goes with objective ddpm; flow predicts v or x")
         spec = self.backbone()  # raises SpecError with its cure before anything is built
         if self.encoders.text.kind == "none" and self.diffusion.caption_dropout > 0 and spec.n_txt == 0:
             raise ValueError(
@@ -250,24 +344,33 @@ class Config(Group):
 
     @property
     def resolution(self) -> tuple[int, int]:
-        """Pixels (H, W); the preset's latent size where none is given (pixel-space presets)."""
-        return self.model.resolution or preset(self.model.preset).latent_size
+        """Pixels (H, W); the preset's latent size times the autoencoder's factor where none is given."""
+        height, width = preset(self.model.preset).latent_size
+        return self.model.resolution or (height * self.factor, width * self.factor)
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, each way; 1 in pixel space."""
+        return self.encoders.vae.factor if self.encoders.vae.kind == "vae" else 1
+
+    @property
+    def channels(self) -> int:
+        """Channels of what the model denoises: the autoencoder's, or three."""
+        return self.encoders.vae.channels if self.encoders.vae.kind == "vae" else 3
 
     def backbone(self) -> UViTSpec:
-        """The backbone's spec with this configuration's resolution, text encoder and overrides."""
+        """The backbone's spec with this configuration's resolution, encoders and overrides."""
         overrides = self.model.model_dump(exclude={"preset", "resolution"}, exclude_none=True)
         text = self.encoders.text
-        if text.kind == "words":
+        overrides |= {"n_txt": 0, "text_width": 0}
+        if text.kind != "none":
             overrides |= {"n_txt": text.n_tokens, "text_width": text.width}
-        else:
-            overrides |= {"n_txt": 0, "text_width": 0}
-        # Pixels are the latents until a VAE encodes them, so pixel-space training is three channels at factor 1.
-        overrides |= {"latent_size": self.resolution, "channels": 3, "out_channels": None}
-        return preset(self.model.preset, **overrides)
+        latent_size = tuple(side // self.factor for side in self.resolution)
+        return preset(self.model.preset, **overrides, latent_size=latent_size, channels=self.channels, out_channels=None)
 
     def text_encoder(self, vocabulary_size: int) -> TextEncoderSpec | None:
         text = self.encoders.text
-        if text.kind == "none":
+        if text.kind != "words":
             return None
         return TextEncoderSpec(vocab_size=vocabulary_size, width=text.width, n_tokens=text.n_tokens)
 
@@ -326,7 +429,12 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 # What may differ when a run is started again; all else belongs to what the run is.
-MAY_CHANGE_ON_RESUME = ("train.steps", "logging.", "eval.", "checkpoint.", "launch.", "budget.")
+MAY_CHANGE_ON_RESUME = (
+    "train.steps", "logging.", "eval.", "checkpoint.", "launch.", "budget.",
+    # how the same numbers are computed, and where the same data and encoders lie (their fingerprints are compared)
+    "engine.", "deepspeed.zero_stage", "deepspeed.offload_", "data.path", "data.validation", "data.workers", "data.cache",
+    "encoders.vae.path", "encoders.text.path",
+)  # fmt: skip
 
 
 def differing_keys(saved: Config, now: Config) -> dict[str, tuple[Any, Any]]:

@@ -182,10 +182,10 @@ class Job:
     def _backward(self, micro: MicroBatch) -> torch.Tensor:
         micro = micro.to(self.world.device)
         time_ = self.flow.times(micro.time_normal)
-        noised = self.flow.noised(micro.pixels, micro.noise, time_)
-        tokens = micro.tokens if self.config.encoders.text.kind != "none" else None
-        prediction = self.engine(noised, time_, tokens)
-        losses = self.flow.loss(prediction, micro.pixels, micro.noise, time_, micro.weight)
+        clean = micro.clean.float()
+        noised = self.flow.noised(clean, micro.noise, time_)
+        prediction = self.engine(noised, time_, **micro.conditions)
+        losses = self.flow.loss(prediction, clean, micro.noise, time_, micro.weight)
         # The mean is over all slots, bad ones included, so that ranks need not agree on how many were good.
         self.engine.backward(losses.sum() / self.batch.micro)
         return losses.detach().double().sum()

@@ -95,9 +95,10 @@ class Validation:
             times = fixed_times(samples, bins, seed)
             time = torch.from_numpy(times).to(self.world.device)
             weight = batch.weight * torch.from_numpy(slots < count).to(self.world.device)
-            noised = flow.noised(batch.pixels, batch.noise, time)
-            prediction = model(noised, time, batch.tokens if text.kind != "none" else None)
-            losses = flow.loss(prediction, batch.pixels, batch.noise, time, weight)
+            clean = batch.clean.float()
+            noised = flow.noised(clean, batch.noise, time)
+            prediction = model(noised, time, **batch.conditions)
+            losses = flow.loss(prediction, clean, batch.noise, time, weight)
             for sample, value, w in zip(samples.tolist(), losses.tolist(), weight.tolist(), strict=True):
                 sums[sample % bins] += value
                 weights[sample % bins] += w

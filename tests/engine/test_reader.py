@@ -63,8 +63,8 @@ def reader(folder, world=1, rank=0, micro=4, workers=0, **options) -> Reader:
 def rows(batch: MicroBatch) -> list[tuple]:
     """All that training sees of each sample, bit by bit."""
     return [
-        (int(batch.epochs[i]), int(batch.samples[i]), batch.keys[i], batch.pixels[i].numpy().tobytes(),
-         tuple(batch.tokens[i].tolist()), bool(batch.dropped[i]), batch.time_normal[i].item(),
+        (int(batch.epochs[i]), int(batch.samples[i]), batch.keys[i], batch.clean[i].numpy().tobytes(),
+         tuple(batch.conditions["tokens"][i].tolist()), bool(batch.dropped[i]), batch.time_normal[i].item(),
          batch.noise[i].numpy().tobytes(), batch.weight[i].item())
         for i in range(len(batch))
     ]  # fmt: skip
@@ -131,9 +131,9 @@ def test_draws_are_what_their_counters_say(straight):
 def test_pixels_are_scaled_to_minus_one_and_one(folder):
     with reader(folder, flip=False, crop="centre") as read:
         batch = next(read)[0]
-    assert batch.pixels.dtype == torch.float32
+    assert batch.clean.dtype == torch.float32
     expected = np.stack([pixels_of(int(i))[:, 1:7] for i in batch.samples]).transpose(0, 3, 1, 2)
-    assert np.abs(batch.pixels.numpy() - (expected / 127.5 - 1)).max() < 1e-6
+    assert np.abs(batch.clean.numpy() - (expected / 127.5 - 1)).max() < 1e-6
     moved = batch.to("cpu")
     assert rows(moved) == rows(batch)
 

@@ -120,8 +120,8 @@ def bare_loop(
     values = []
     for step, (batch,) in zip(range(1, config.train.steps + 1), reader, strict=False):
         t = torch.sigmoid(batch.time_normal)[:, None, None, None]
-        predicted = model((1 - t) * batch.pixels + t * batch.noise, t.view(-1), batch.tokens)
-        squared = ((predicted - batch.pixels) ** 2).mean((1, 2, 3)) / t.view(-1).clamp(min=0.05) ** 2
+        predicted = model((1 - t) * batch.clean + t * batch.noise, t.view(-1), batch.conditions["tokens"])
+        squared = ((predicted - batch.clean) ** 2).mean((1, 2, 3)) / t.view(-1).clamp(min=0.05) ** 2
         loss = squared.mean()
         optimizer.zero_grad()
         loss.backward()

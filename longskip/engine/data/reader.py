@@ -38,13 +38,15 @@ Coordinates = tuple[np.ndarray, np.ndarray]
 class MicroBatch:
     """m samples of one rank in one micro-step.
 
-    ``dropped`` marks captions that dropout replaced by the empty one; ``time_normal`` is a standard normal draw that
-    the objective maps to a time; ``weight`` is 1, or 0 for a bad sample, whose pixels are 0 and tokens padding.
-    ``bad`` lists the bad ones as ``{"key", "sample", "reason", "detail"}``.
+    ``conditions`` are handed to the model by name: ``tokens`` (m, n_txt) int64 for the word encoder, ``text``
+    (m, n_txt, E) and ``text_mask`` (m, n_txt) bool for features, nothing where the text is still to be encoded or not
+    wanted. ``captions`` are those chosen, empty where ``dropped`` marks that dropout took them. ``time_normal`` is a
+    standard normal draw that the objective maps to a time; ``weight`` is 1, or 0 for a bad sample, whose picture is 0
+    and text padding. ``bad`` lists the bad ones as ``{"key", "sample", "reason", "detail"}``.
     """
 
-    pixels: torch.Tensor  # (m, 3, H, W) float32 in [-1, 1]
-    tokens: torch.Tensor  # (m, n_txt) int64
+    clean: torch.Tensor  # (m, 3, H, W) float32 pixels in [-1, 1], or (m, C, h, w) scaled latents as stored
+    conditions: dict[str, torch.Tensor]
     dropped: torch.Tensor  # (m,) bool
     time_normal: torch.Tensor  # (m,) float32
     noise: torch.Tensor  # (m, *latent_shape) float32, standard normal
@@ -52,6 +54,7 @@ class MicroBatch:
     samples: torch.Tensor  # (m,) int64
     epochs: torch.Tensor  # (m,) int64
     keys: tuple[str, ...]
+    captions: tuple[str, ...] = ()
     bad: list[dict[str, Any]] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -64,20 +67,21 @@ class MicroBatch:
             for item in fields(self)
             if isinstance(value := getattr(self, item.name), torch.Tensor)
         }
-        return replace(self, **moved)
+        conditions = {name: value.to(device, non_blocking=non_blocking) for name, value in self.conditions.items()}
+        return replace(self, conditions=conditions, **moved)
 
 
 @dataclass(frozen=True)
 class Assembler:
     """Coordinates → ``MicroBatch``, a pure function of its fields and the source's bytes; what workers run.
 
-    ``resolution`` and ``latent_shape`` are (H, W) and (C, H, W); ``crop`` is ``"centre"`` or ``"random"``; ``flip``
+    Without a ``vocabulary`` captions are handed on as they are. ``resolution`` and ``latent_shape`` are (H, W) and (C, H, W); ``crop`` is ``"centre"`` or ``"random"``; ``flip``
     mirrors half of the samples. A caption past ``n_txt`` tokens makes a bad sample (``text_too_long``) when
     ``too_long`` is ``"error"``, and is cut when it is ``"truncate"``. Raises ``ConfigError`` for impossible settings.
     """
 
     source: Source
-    vocabulary: Vocabulary
+    vocabulary: Vocabulary | None
     resolution: tuple[int, int]
     n_txt: int
     seed: int = 0
@@ -91,7 +95,7 @@ class Assembler:
     def __post_init__(self) -> None:
         if len(self.resolution) != 2 or min(self.resolution) < 1:
             raise ConfigError(f"resolution {self.resolution}; it is (H, W) in pixels, each 1 or more")
-        if self.n_txt < 1:
+        if self.n_txt < 1 and self.vocabulary is not None:
             raise ConfigError(f"n_txt {self.n_txt}; at least one text token is needed")
         if not 0.0 <= self.caption_dropout <= 1.0:
             raise ConfigError(f"caption_dropout {self.caption_dropout}; it is a share from 0 to 1")
@@ -106,6 +110,7 @@ class Assembler:
         height, width = self.resolution
         bytes_ = np.zeros((count, height, width, 3), dtype=np.uint8)
         tokens = np.zeros((count, self.n_txt), dtype=np.int64)
+        captions = [""] * count
         dropped = np.zeros(count, dtype=bool)
         times = np.empty(count, dtype=np.float32)
         noise = np.empty((count, *(self.latent_shape or (3, height, width))), dtype=np.float32)
@@ -117,7 +122,7 @@ class Assembler:
             generator(self.seed, epoch, sample, "noise").standard_normal(out=noise[i], dtype=np.float32)
             times[i] = generator(self.seed, epoch, sample, "time").standard_normal()
             try:
-                key, bytes_[i], tokens[i], dropped[i] = self._one(epoch, sample)
+                key, bytes_[i], captions[i], dropped[i] = self._one(epoch, sample, tokens[i])
             except BadSampleError as error:
                 key = self.source.key(sample)
                 weight[i] = 0.0
@@ -128,8 +133,8 @@ class Assembler:
         pixels -= np.float32(1.0)
         pixels[weight == 0.0] = 0.0
         return MicroBatch(
-            pixels=torch.from_numpy(pixels),
-            tokens=torch.from_numpy(tokens),
+            clean=torch.from_numpy(pixels),
+            conditions={} if self.vocabulary is None else {"tokens": torch.from_numpy(tokens)},
             dropped=torch.from_numpy(dropped),
             time_normal=torch.from_numpy(times),
             noise=torch.from_numpy(noise),
@@ -137,26 +142,34 @@ class Assembler:
             samples=torch.tensor(np.asarray(samples), dtype=torch.int64),
             epochs=torch.tensor(np.asarray(epochs), dtype=torch.int64),
             keys=tuple(keys),
+            captions=tuple(captions),
             bad=bad,
         )
 
-    def _one(self, epoch: int, sample: int) -> tuple[str, np.ndarray, np.ndarray, bool]:
+    def _one(self, epoch: int, sample: int, tokens: np.ndarray) -> tuple[str, np.ndarray, str, bool]:
+        """Key, picture, caption and whether it was dropped of one sample; its ids are written into ``tokens``."""
         raw = self.source.read(sample)
-        # The caption is encoded even where dropout takes it, so that a bad one is bad in every epoch.
         text = self._caption(raw.captions, epoch, sample)
-        tokens = self.vocabulary.encode(text, self.n_txt, truncate=self.too_long == "truncate")
+        # The caption is encoded even where dropout takes it, so that a bad one is bad in every epoch.
+        ids = self._ids(text)
         dropped = False
         if self.caption_dropout > 0.0:
             dropped = bool(generator(self.seed, epoch, sample, "dropout").random() < self.caption_dropout)
             if dropped:
-                tokens = self.vocabulary.encode("", self.n_txt)
+                text, ids = "", self._ids("")
         flip = self.flip and bool(generator(self.seed, epoch, sample, "flip").random() < 0.5)
         crop = None
         if self.crop == "random":
             y, x = generator(self.seed, epoch, sample, "crop").random(2).tolist()
             crop = (y, x)
         picture = decode_image(raw.image, resolution=self.resolution, max_pixels=self.max_pixels, flip=flip, crop=crop)
-        return raw.key, picture, tokens, dropped
+        tokens[:] = ids
+        return raw.key, picture, text, dropped
+
+    def _ids(self, text: str) -> np.ndarray | int:
+        if self.vocabulary is None:
+            return 0
+        return self.vocabulary.encode(text, self.n_txt, truncate=self.too_long == "truncate")
 
     def _caption(self, captions: Captions, epoch: int, sample: int) -> str:
         if len(captions) == 1:
@@ -185,7 +198,7 @@ class Reader:
         self,
         source: Source,
         plan: Plan,
-        vocabulary: Vocabulary,
+        vocabulary: Vocabulary | None,
         *,
         resolution: tuple[int, int],
         n_txt: int,

@@ -226,8 +226,8 @@ class KernelsGroup(Group):
 class EngineGroup(Group):
     """``layout``: ``flat`` keeps two tensors per block (ZeRO's unit), ``named`` one per parameter; the same losses.
 
-    ``checkpointing``: keep only the input of every k-th run of k blocks and compute the rest again in the backward pass;
-    0 (or false, none) keeps all, 1 (or true, all) every block's input. ``compile``: ``torch.compile`` of each block.
+    ``checkpointing`` k: of every k-th block only the input is kept and the block computed again in the backward pass;
+    0 (or false, none): of no block, 1 (or true, all): of every block. ``compile``: ``torch.compile`` of each block.
     ``ema_device``: where the average of the weights lives, beside the weights or in host memory.
     """
 

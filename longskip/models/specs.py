@@ -85,7 +85,8 @@ class Flops:
 class SavedBytes:
     """Bytes that autograd holds between forward and backward; see ``UViTSpec.saved_bytes`` for what is counted.
 
-    ``block``: one block without a skip; ``skip_block``: one with; ``blocks``: all of them; ``recompute``: what one
+    ``block``: one block without a skip that is kept whole (or its input, where every block is checkpointed);
+    ``skip_block``: one with; ``blocks``: all of them; ``recompute``: what one
     block adds for a moment during the backward pass when checkpointing (0 otherwise).
     """
 
@@ -350,28 +351,43 @@ class UViTSpec:
         }
         return Flops(batch, batch * tokens, batch * img, {op: batch * macs for op, macs in one.items()})
 
-    def hardware_flops(self, batch: int = 1, checkpointing: bool = False) -> int:
+    def checkpointed(self, checkpointing: int) -> tuple[int, int]:
+        """How many blocks without and with a skip are recomputed when every ``checkpointing``-th block is (0: none)."""
+        chosen = range(0, self.n_blocks, checkpointing) if checkpointing else range(0)
+        skips = sum(self.has_skip(index) for index in chosen)
+        return len(chosen) - skips, skips
+
+    def hardware_flops(
+        self,
+        batch: int = 1,
+        checkpointing: int = 0,
+        latent_size: tuple[int, int] | None = None,
+        trained_text: bool = True,
+    ) -> int:
         """FLOPs (2 per multiply-add) that a training step of ``batch`` images really executes, forward and backward.
 
-        The backward pass leaves out the gradients that nothing needs: towards the pictures (patch projection) and
-        towards the time sinusoid (the time MLP's first layer); text features are taken to need theirs, as those of a
-        text encoder that is trained along do. ``checkpointing`` computes every block again, up to the last tensor that
-        the backward pass needs: without adaLN's gate that is the input of the MLP's second layer. What a fused attention
+        The backward pass leaves out the gradients that nothing needs: towards the pictures (patch projection), towards
+        the time sinusoid (the time MLP's first layer), and towards text features unless a text encoder is trained along
+        (``trained_text``). With ``checkpointing`` k every k-th block is computed again, up to the last tensor that the
+        backward pass needs: without adaLN's gate that is the input of the MLP's second layer. What a fused attention
         repeats inside its backward is not counted.
         """
-        macs = self.flops(batch).macs_by_op
+        macs = self.flops(batch, latent_size).macs_by_op
         executed = 3 * sum(macs.values()) - macs["patch"] - macs["time_mlp"] // 2
-        if checkpointing:
-            executed += sum(macs[op] for op in ("qkv", "attention", "proj", "skip_linear"))
-            executed += macs["mlp"] if self.adaln else macs["mlp"] // 2
-            executed += macs["ada"] - batch * 2 * self.width**2 if self.adaln else 0  # all but the head's
+        executed -= 0 if trained_text else macs["text"]
+        plain, skips = self.checkpointed(checkpointing)
+        again, h = plain + skips, self.width
+        executed += sum(macs[op] // self.n_blocks * again for op in ("qkv", "attention", "proj"))
+        executed += macs["mlp"] // self.n_blocks // (1 if self.adaln else 2) * again
+        executed += macs["skip_linear"] // self.n_skips * skips if skips else 0
+        executed += batch * 6 * h**2 * again if self.adaln else 0
         return 2 * executed
 
     def saved_bytes(
         self,
         batch: int,
         dtype_bytes: int,
-        checkpointing: bool = False,
+        checkpointing: int = 0,
         latent_size: tuple[int, int] | None = None,
         n_txt: int | None = None,
     ) -> SavedBytes:
@@ -385,7 +401,7 @@ class UViTSpec:
         in float32 (2 h, and 4 h of float32, in bfloat16; a fused RMS norm keeps less). Not counted: gradients, weights,
         text masks, workspaces, the allocator's rounding, whatever the loss and the text encoder keep.
 
-        With ``checkpointing`` every block keeps its input alone, and ``recompute`` is what one block adds for a moment.
+        With ``checkpointing`` k every k-th block keeps its input alone; ``recompute`` is what one adds for a moment.
         Flat layouts keep the same bytes as named ones. Equal to the sum of ``saved_tensors_hooks`` in float32 (tested);
         in bfloat16 it is what GPUs keep: on a CPU the norms work on float32 copies, which count more.
         """
@@ -401,11 +417,12 @@ class UViTSpec:
             block += 2 * row + 2 * tokens * h * wide + 2 * head_stats
             block += 2 * (tokens * h + self.head_dim) * wide if dtype_bytes < wide else 0  # float32 copies
         skip_block = block + 2 * row
-        recompute = 0
-        if checkpointing:
-            recompute = skip_block if self.n_skips else block - row
+        plain, skips = self.checkpointed(checkpointing)
+        recompute = skip_block if skips else block - row if plain else 0
+        blocks = (self.n_blocks - self.n_skips - plain) * block + (self.n_skips - skips) * skip_block
+        blocks += (plain + skips) * row
+        if checkpointing == 1:
             block = skip_block = row
-        blocks = (self.n_blocks - self.n_skips) * block + self.n_skips * skip_block
         text = (tokens - costs.image_tokens) // batch - (self.n_extra - self.n_txt)
         embed = (costs.image_tokens * self.patch**2 * self.channels + batch * text * self.text_width) * dtype_bytes
         embed += 8 * batch if self.n_classes else 0

@@ -202,7 +202,7 @@ class UViT(nn.Module):
     ``layout``: how units keep their parameters (``packed.py``). ``device``: "meta" builds without values, for counting
     or for ``TextToImage.materialize``; otherwise (default: torch's default device) the values are those of ``seed``.
     The dtype of the computation is that of the parameters: inputs are cast to it, the output to float32.
-    ``checkpointing``: keep only the blocks' inputs for the backward pass and compute each block again.
+    ``checkpointing`` k: of every k-th block keep only the input for the backward pass and compute it again (0: none).
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class UViT(nn.Module):
         super().__init__()
         self.spec = spec
         self.layout: Layout = layout
-        self.checkpointing = False
+        self.checkpointing = 0
         self.embed = Embed(spec, layout)
         self.blocks = nn.ModuleList(Block(spec, index, layout) for index in range(spec.n_blocks))
         self.head = Head(spec, layout)
@@ -233,18 +233,19 @@ class UViT(nn.Module):
         x, now = self.embed(latents, time, cond.text, cond.label)  # (B, L, h), (B, h)
         run = partial(self._run, time=now if self.spec.adaln else None, key_mask=self._key_mask(cond, x))
         half, skips = self.spec.depth // 2, []
-        for block in self.blocks[:half]:
-            x = run(block, x, None)  # (B, L, h)
+        for index in range(half):
+            x = run(index, x, None)  # (B, L, h)
             skips.append(x)
-        x = run(self.blocks[half], x, None)  # (B, L, h)
-        for block in self.blocks[half + 1 :]:
-            x = run(block, x, skips.pop() if self.spec.skips else None)  # (B, L, h)
+        x = run(half, x, None)  # (B, L, h)
+        for index in range(half + 1, self.spec.n_blocks):
+            x = run(index, x, skips.pop() if self.spec.skips else None)  # (B, L, h)
         return self.head(x, now, grid).float()  # (B, C_out, H, W)
 
     def _run(
-        self, block: nn.Module, x: Tensor, skip: Tensor | None, time: Tensor | None, key_mask: Tensor | None
+        self, index: int, x: Tensor, skip: Tensor | None, time: Tensor | None, key_mask: Tensor | None
     ) -> Tensor:
-        if not (self.checkpointing and torch.is_grad_enabled()):
+        block = self.blocks[index]
+        if not self.checkpointing or index % self.checkpointing or not torch.is_grad_enabled():
             return block(x, skip, time, key_mask)
         plain = partial(block, guarded=False)  # checkpoint brings its own hooks, and only the innermost ones act
         return checkpoint(plain, x, skip, time, key_mask, use_reentrant=False, preserve_rng_state=False)

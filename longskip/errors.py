@@ -41,6 +41,10 @@ class RunMismatchError(ConfigError):
     """A run folder that was made with another configuration."""
 
 
+class EncoderError(ConfigError):
+    """A frozen encoder's folder, or features that one made, that do not fit what is asked for."""
+
+
 class KernelArgumentError(LongskipError, ValueError):
     """A kernel argument of the wrong dtype, device, shape or value."""
 

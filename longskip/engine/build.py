@@ -37,7 +37,7 @@ def build_vocabulary(config: Config, source: Source) -> Vocabulary:
 def captions_at(source: Source, i: int) -> list[str]:
     """The captions of a sample; none for a bad one (the reader counts and lists those)."""
     try:
-        return [text for text, _ in source.read(i).captions]
+        return [text for text, _ in source.captions(i)]
     except BadSampleError:
         return []
 
@@ -50,6 +50,11 @@ def load_vocabulary(path: Path) -> Vocabulary:
     return Vocabulary.from_json(json.loads(path.read_text("utf-8")))
 
 
+def words_of(run: Path, config: Config) -> Vocabulary | None:
+    """The run's vocabulary where its text encoder is the word encoder."""
+    return load_vocabulary(run / "vocabulary.json") if config.encoders.text.kind == "words" else None
+
+
 def build_model(config: Config, vocabulary_size: int, *, layout: Layout | None = None) -> TextToImage:
     """The model of a configuration on the meta device; no value is set yet."""
     layout = layout or config.engine.layout
@@ -59,10 +64,10 @@ def build_model(config: Config, vocabulary_size: int, *, layout: Layout | None =
     return TextToImage(backbone, WordEncoder(text, layout=layout, device="meta") if text else None)
 
 
-def load_model(run: Path, config: Config, checkpoint: Path, kind: Kind) -> tuple[TextToImage, Vocabulary]:
+def load_model(run: Path, config: Config, checkpoint: Path, kind: Kind) -> tuple[TextToImage, Vocabulary | None]:
     """A model on the CPU with the raw (``weight``) or averaged (``ema``) weights of a checkpoint; no DeepSpeed."""
-    vocabulary = load_vocabulary(run / "vocabulary.json")
-    model = build_model(config, len(vocabulary), layout="named").to_empty(device="cpu")
+    vocabulary = words_of(run, config)
+    model = build_model(config, len(vocabulary or ()), layout="named").to_empty(device="cpu")
     with Archive(checkpoint) as archive:
         archive.check_model({name: tuple(shape) for name, _, _, shape in model.canonical()})
         model.load_state_dict(archive.full(kind))
@@ -80,6 +85,11 @@ def deepspeed_config(config: Config, batch: BatchPlan, *, n_parameters: int, cud
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
     }
+    offload = config.deepspeed
+    if offload.offload_optimizer == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
+    if offload.offload_param == "cpu":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": cuda}
     if config.deepspeed.zero_stage == 3:
         zero |= {
             "stage3_prefetch_bucket_size": bucket // 4 + 1,
@@ -94,6 +104,7 @@ def deepspeed_config(config: Config, batch: BatchPlan, *, n_parameters: int, cud
         "gradient_clipping": config.optim.clip,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # our own optimizer steps on the host as well
         "bf16": {"enabled": config.train.dtype == "bf16"},
         "steps_per_print": None,
         "wall_clock_breakdown": False,
@@ -158,12 +169,13 @@ def build_engine(
     """
     deepspeed = import_deepspeed()
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-    stage = config.deepspeed.zero_stage
+    stage = int(config.deepspeed.zero_stage)
     for unit in model.units():
         unit.materialize(config.train.seed, world.device, dtype)
         if stage == 3:
             deepspeed.zero.Init(module=unit, config_dict_or_path=ds_config, dtype=dtype)
-    optimizer = AdamW(parameter_groups(model, config.optim.weight_decay), config.optim)
+    ema_device = torch.device("cpu") if config.engine.ema_device == "cpu" else None
+    optimizer = AdamW(parameter_groups(model, config.optim.weight_decay), config.optim, ema_device)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     shards = Shards(engine, optimizer, stage)
     if dtype != torch.float32:

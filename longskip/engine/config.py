@@ -172,6 +172,14 @@ class DiffusionGroup(Group):
     train_steps: Annotated[int, BeforeValidator(_whole), Field(ge=2)] = 1000
     caption_dropout: Share = 0.1
 
+    @model_validator(mode="after")
+    def _consistent(self) -> DiffusionGroup:
+        if self.objective == "ddpm" and self.shift != 1.0:
+            raise ValueError(f"diffusion.shift {self.shift} is of objective flow; leave it 1 with ddpm")
+        if self.beta_start > self.beta_end:
+            raise ValueError(f"diffusion.beta_start {self.beta_start} is above beta_end {self.beta_end}; swap them")
+        return self
+
 
 class OptimGroup(Group):
     lr: Rate = 1e-4
@@ -319,6 +327,13 @@ class Config(Group):
                 f"model.resolution {self.resolution} is not divisible by encoders.vae.factor {self.factor}; "
                 f"take sides that are multiples of {self.factor * preset(self.model.preset).patch}"
             )
+        if self.deepspeed.offload_param == "cpu" and self.deepspeed.zero_stage not in (3, "auto"):
+            raise ValueError(
+                f"deepspeed.offload_param cpu needs zero_stage 3, which shares parameters out; it is "
+                f"{self.deepspeed.zero_stage}"
+            )
+        if self.deepspeed.offload_optimizer == "cpu" and self.deepspeed.zero_stage == 0:
+            raise ValueError("deepspeed.offload_optimizer cpu needs zero_stage 1, 2 or 3; it is 0")
         if self.data.path and self.data.mix:
             raise ValueError("data.path and data.mix are both set; give one of them")
         if self.diffusion.objective == "flow" and self.diffusion.prediction == "epsilon":
@@ -366,7 +381,9 @@ class Config(Group):
         if text.kind != "none":
             overrides |= {"n_txt": text.n_tokens, "text_width": text.width}
         latent_size = tuple(side // self.factor for side in self.resolution)
-        return preset(self.model.preset, **overrides, latent_size=latent_size, channels=self.channels, out_channels=None)
+        return preset(
+            self.model.preset, **overrides, latent_size=latent_size, channels=self.channels, out_channels=None
+        )
 
     def text_encoder(self, vocabulary_size: int) -> TextEncoderSpec | None:
         text = self.encoders.text

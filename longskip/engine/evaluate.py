@@ -54,7 +54,7 @@ def evaluate(
             cure="longskip evaluate RUN --judge nearest asks whether the training pictures come back; "
             "data.validation gives a loss",
         )
-    how = Drawing.of(config.eval, sampler=sampler, steps=steps, guidance=guidance, seed=seed)
+    how = Drawing.of(config.eval, config.diffusion, sampler=sampler, steps=steps, guidance=guidance, seed=seed)
     result: dict[str, Any] = {
         "step": loaded.step,
         "checkpoint": loaded.checkpoint.name,
@@ -79,7 +79,7 @@ def evaluate(
 def _loss(loaded: Loaded) -> dict[str, Any]:
     config = loaded.config
     world = World(0, 1, 0, loaded.device)
-    validation = Validation(config, world, loaded.vocabulary, open_source(config.data.validation or config.data.path))
+    validation = Validation(config, world, loaded.inputs, open_source(config.data.validation or config.data.path))
     with torch.no_grad():
         values = validation.loss_of(loaded.model, Flow(config.diffusion))
     return {

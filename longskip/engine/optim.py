@@ -20,10 +20,14 @@ STATES = ("exp_avg", "exp_avg_sq", "ema")
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW (decoupled decay, ε outside the root; 1711.05101) and EMA over lists of fp32 tensors by ``kernels.adamw``."""
+    """AdamW (decoupled decay, ε outside the root; 1711.05101) and EMA over lists of fp32 tensors by ``kernels.adamw``.
 
-    def __init__(self, params: Iterable[Any], optim: OptimGroup) -> None:
-        self.optim = optim
+    ``ema_device``: where the EMA lives; None is beside the weights. In host memory it costs no memory of the device and
+    one copy of the rank's weights a step.
+    """
+
+    def __init__(self, params: Iterable[Any], optim: OptimGroup, ema_device: torch.device | None = None) -> None:
+        self.optim, self.ema_device = optim, ema_device
         # A learning rate of zero until the loop sets it: building an engine must not move a weight.
         super().__init__(params, {"lr": 0.0, "weight_decay": 0.0, "step": 0, "ema_decay": 0.0})
 
@@ -38,7 +42,7 @@ class AdamW(torch.optim.Optimizer):
         if "ema" not in state:
             data = p.detach()
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(data), torch.zeros_like(data)
-            state["ema"] = data.clone()
+            state["ema"] = data.to(self.ema_device or data.device, copy=True)
         return state
 
     @torch.no_grad()
@@ -48,6 +52,7 @@ class AdamW(torch.optim.Optimizer):
             if not params or group["step"] == 0:  # DeepSpeed's rehearsal step before the loop has set anything
                 continue
             states = [self.state_of(p) for p in params]
+            emas = [s["ema"] for s in states]
             adamw(
                 [p.data for p in params],
                 [p.grad for p in params],
@@ -58,9 +63,12 @@ class AdamW(torch.optim.Optimizer):
                 eps=self.optim.eps,
                 weight_decay=group["weight_decay"],
                 step=group["step"],
-                emas=[s["ema"] for s in states],
+                emas=None if self.ema_device else emas,
                 ema_decay=group["ema_decay"],
             )
+            if self.ema_device:
+                copies = [p.detach().to(self.ema_device) for p in params]
+                torch._foreach_lerp_(emas, copies, 1.0 - group["ema_decay"])
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -12,9 +12,9 @@ import torch
 from longskip.engine import build, checkpoint
 from longskip.engine.config import Config
 from longskip.engine.configio import parse_yaml, validate
-from longskip.engine.data.tokens import Vocabulary
-from longskip.engine.diffusion import Flow
+from longskip.engine.diffusion import objective_of
 from longskip.engine.drawing import Drawing, draw, repeats_of
+from longskip.engine.inputs import Inputs
 from longskip.engine.shards import Kind
 from longskip.errors import ConfigError, LongskipError
 from longskip.kernels import backends
@@ -32,7 +32,7 @@ class Loaded:
     checkpoint: Path
     weights: str
     model: TextToImage
-    vocabulary: Vocabulary
+    inputs: Inputs
     device: torch.device
 
     @property
@@ -49,18 +49,15 @@ def load_run(run: Path, *, which: str | None = None, weights: str = "ema") -> Lo
     backends.configure(config.kernels.by_op())
     model, vocabulary = build.load_model(run, config, folder, WEIGHTS[weights])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Loaded(run, config, folder, weights, model.to(device), vocabulary, device)
+    inputs = Inputs(config, vocabulary, device)
+    return Loaded(run, config, folder, weights, model.to(device), inputs, device)
 
 
 def check_prompts(loaded: Loaded, prompts: Sequence[str]) -> None:
     """Refuse prompts that the encoder does not take before anything is drawn (TextTooLongError, ConfigError)."""
     if not prompts:
         raise ConfigError("no prompts", cure="give --prompt TEXT or --prompts FILE with one prompt a line")
-    text = loaded.config.encoders.text
-    if text.kind == "none":
-        raise ConfigError("this run was trained without captions; it draws without prompts only")
-    for prompt in prompts:
-        loaded.vocabulary.encode(prompt, text.n_tokens, truncate=text.too_long == "truncate")
+    loaded.inputs.texts.check(prompts)
 
 
 def draw_prompts(
@@ -73,27 +70,12 @@ def draw_prompts(
 ) -> np.ndarray:
     """Pictures of all prompts, uint8 (N, H, W, 3), drawn ``batch`` at a time; ``progress`` hears how many are done."""
     check_prompts(loaded, prompts)
-    config = loaded.config
-    spec = config.backbone()
-    height, width = spec.latent_size
+    objective = objective_of(loaded.config.diffusion)
     repeats = repeats_of(prompts)
     pictures = []
     for start in range(0, len(prompts), batch):
         part = slice(start, start + batch)
-        pictures.append(
-            draw(
-                loaded.model,
-                Flow(config.diffusion),
-                loaded.vocabulary,
-                prompts[part],
-                repeats[part],
-                how,
-                n_txt=spec.n_txt,
-                shape=(spec.channels, height, width),
-                device=loaded.device,
-                truncate=config.encoders.text.too_long == "truncate",
-            )
-        )
+        pictures.append(draw(loaded.model, objective, loaded.inputs, prompts[part], repeats[part], how))
         progress(min(start + batch, len(prompts)))
     return np.concatenate(pictures)
 

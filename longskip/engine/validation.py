@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,15 @@ from PIL import Image
 
 from longskip.engine.config import Config
 from longskip.engine.data.draws import generator
-from longskip.engine.data.reader import Assembler
 from longskip.engine.data.sources import Source, open_source
-from longskip.engine.data.tokens import Vocabulary
-from longskip.engine.diffusion import Flow
+from longskip.engine.diffusion import Objective
 from longskip.engine.distributed import World, all_reduce_sum
 from longskip.engine.drawing import Drawing, draw, repeats_of
 from longskip.engine.grids import make_grid
+from longskip.engine.inputs import Inputs
 from longskip.engine.runs import write_atomic
 from longskip.engine.shards import Shards
+from longskip.engine.texts import NoTexts, StoredTexts, Texts
 from longskip.errors import BadSampleError, DataError, LongskipError
 
 Model = Callable[..., torch.Tensor]
@@ -41,49 +41,40 @@ def fixed_times(samples: np.ndarray, bins: int, seed: int) -> np.ndarray:
 class Validation:
     """Validation of one configuration; samples and prompts are shared out over the ranks."""
 
-    def __init__(self, config: Config, world: World, vocabulary: Vocabulary, training: Source) -> None:
-        self.config, self.world, self.vocabulary = config, world, vocabulary
+    def __init__(self, config: Config, world: World, inputs: Inputs, training: Source) -> None:
+        self.config, self.world, self.inputs = config, world, inputs
         self.source = open_source(config.data.validation) if config.data.validation else None
-        self.spec = config.backbone()
-        fits = partial(_fits, vocabulary, config.encoders.text.n_tokens, self._truncate)
-        self.prompts = list(config.logging.prompts) or _first_captions(self.source or training, fits)
-        for prompt in self.prompts:  # a prompt that is too long is refused before the first step
-            vocabulary.encode(prompt, config.encoders.text.n_tokens, truncate=self._truncate)
+        self.prompts = list(config.logging.prompts)
+        if not inputs.pictures or not config.logging.samples_every:
+            self.prompts = []
+        elif not self.prompts:
+            self.prompts = default_prompts(inputs.texts, self.source or training)
+        # A prompt that cannot be encoded is refused before the first step; later a rank alone must not fail.
+        if self.prompts:
+            inputs.texts.check(self.prompts)
 
     @property
     def count(self) -> int:
         """Validation samples that are looked at."""
         return min(self.config.eval.samples, len(self.source)) if self.source is not None else 0
 
-    @property
-    def _truncate(self) -> bool:
-        return self.config.encoders.text.too_long == "truncate"
-
-    def loss(self, engine: Any, shards: Shards, flow: Flow) -> dict[str, Any] | None:
+    def loss(self, engine: Any, shards: Shards, objective: Objective) -> dict[str, Any] | None:
         """``validation/loss`` and per time bin with the EMA weights; None without validation data."""
         if self.source is None:
             return None
         engine.eval()
         try:
             with torch.no_grad(), shards.weights("ema"):
-                return self.loss_of(engine, flow)
+                return self.loss_of(engine, objective)
         finally:
             engine.train()
 
-    def loss_of(self, model: Model, flow: Flow) -> dict[str, Any]:
+    def loss_of(self, model: Model, objective: Objective) -> dict[str, Any]:
         """The same for any model on this rank's device; ranks share the samples and add up."""
         if self.source is None:
             raise DataError("this run names no validation data", cure="set data.validation")
-        config, text = self.config, self.config.encoders.text
-        bins, seed = config.eval.time_bins, config.train.seed
-        assembler = Assembler(
-            self.source,
-            self.vocabulary,
-            config.resolution,
-            text.n_tokens,
-            seed=seed,
-            too_long=text.too_long,
-        )
+        bins, seed = self.config.eval.time_bins, self.config.train.seed
+        assembler = self.inputs.assembler(self.source)
         count = self.count
         micro = max(1, min(64, -(-count // self.world.size)))
         sums, weights = [0.0] * bins, [0.0] * bins
@@ -91,14 +82,14 @@ class Validation:
         for start in range(0, count, micro * self.world.size):
             slots = np.arange(micro) + start + self.world.rank * micro
             samples = np.minimum(slots, count - 1)
-            batch = assembler.assemble(np.zeros_like(samples), samples).to(self.world.device)
+            batch = self.inputs.ready(assembler.assemble(np.zeros_like(samples), samples))
             times = fixed_times(samples, bins, seed)
-            time = torch.from_numpy(times).to(self.world.device)
+            time = objective.spread(torch.from_numpy(times).to(self.world.device))
             weight = batch.weight * torch.from_numpy(slots < count).to(self.world.device)
             clean = batch.clean.float()
-            noised = flow.noised(clean, batch.noise, time)
+            noised = objective.noised(clean, batch.noise, time)
             prediction = model(noised, time, **batch.conditions)
-            losses = flow.loss(prediction, clean, batch.noise, time, weight)
+            losses = objective.loss(prediction, clean, batch.noise, time, weight)
             for sample, value, w in zip(samples.tolist(), losses.tolist(), weight.tolist(), strict=True):
                 sums[sample % bins] += value
                 weights[sample % bins] += w
@@ -112,33 +103,29 @@ class Validation:
             "validation/samples": round(sum(weights)),
         }
 
-    def samples(self, engine: Any, shards: Shards, flow: Flow, run: Path, step: int) -> Path | None:
+    def samples(self, engine: Any, shards: Shards, objective: Objective, run: Path, step: int) -> Path | None:
         """Draw the run's prompts with the EMA weights into ``samples/step-N/``; returns the folder."""
         config, world = self.config, self.world
         if not self.prompts:
             return None
-        how = Drawing("euler", config.logging.sample_steps, config.logging.guidance, config.train.seed)
+        how = Drawing.of(
+            config.eval,
+            config.diffusion,
+            sampler="auto",
+            steps=config.logging.sample_steps,
+            guidance=config.logging.guidance,
+            seed=config.train.seed,
+        )
         repeats = repeats_of(self.prompts)
         share = -(-len(self.prompts) // world.size)
         slots = [min(world.rank * share + i, len(self.prompts) - 1) for i in range(share)]
-        height, width = self.spec.latent_size
         engine.eval()
         failure = ""
-        mine = np.zeros((share, height, width, 3), dtype=np.uint8)
+        mine = np.zeros((share, *config.resolution, 3), dtype=np.uint8)
         try:
             with shards.weights("ema"):
-                mine = draw(
-                    engine,
-                    flow,
-                    self.vocabulary,
-                    [self.prompts[i] for i in slots],
-                    [repeats[i] for i in slots],
-                    how,
-                    n_txt=self.spec.n_txt,
-                    shape=(self.spec.channels, height, width),
-                    device=world.device,
-                    truncate=self._truncate,
-                )
+                prompts, numbers = [self.prompts[i] for i in slots], [repeats[i] for i in slots]
+                mine = draw(engine, objective, self.inputs, prompts, numbers, how)
         except LongskipError as error:  # after the last forward pass: the ranks are still in step
             failure = str(error)
         finally:
@@ -176,19 +163,19 @@ def _gather_pictures(mine: np.ndarray, world: World) -> np.ndarray:
     return np.concatenate([part.cpu().numpy() for part in parts])
 
 
-def _fits(vocabulary: Vocabulary, n_tokens: int, truncate: bool, text: str) -> bool:
-    return truncate or len(vocabulary.ids(text)) <= n_tokens
-
-
-def _first_captions(source: Source, fits: Callable[[str], bool]) -> list[str]:
-    captions: list[str] = []
+def default_prompts(texts: Texts, source: Source) -> list[str]:
+    """The first different captions of the data that the text encoder takes."""
+    if isinstance(texts, NoTexts):
+        return [""] * DEFAULT_PROMPTS
+    if isinstance(texts, StoredTexts):
+        return [caption for caption in texts.known if caption][:DEFAULT_PROMPTS]
+    prompts: list[str] = []
     for i in range(min(len(source), 16 * DEFAULT_PROMPTS)):
-        try:
-            text = source.read(i).captions[0][0]
-        except BadSampleError:
-            continue
-        if fits(text) and text not in captions:
-            captions.append(text)
-        if len(captions) == DEFAULT_PROMPTS:
+        with suppress(BadSampleError, LongskipError):
+            caption = source.captions(i)[0][0]
+            texts.check([caption])
+            if caption not in prompts:
+                prompts.append(caption)
+        if len(prompts) == DEFAULT_PROMPTS:
             break
-    return captions
+    return prompts

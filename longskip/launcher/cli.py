@@ -12,6 +12,7 @@ import typer
 
 from longskip import __version__
 from longskip.errors import EXIT_USAGE, ConfigError, LongskipError
+from longskip.launcher.cli_bench import app as bench_app
 from longskip.launcher.cli_config import app as config_app
 from longskip.launcher.cli_data import app as data_app
 
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
+app.add_typer(bench_app, name="bench")
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name under runs/")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object, for machines")]
@@ -50,6 +52,7 @@ def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="the run's YAML")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="dotted overrides")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would run, and stop")] = False,
+    ranks: Annotated[int | None, typer.Option(min=1, help="with --dry-run: list every shard of N ranks")] = None,
 ) -> None:
     """Train, or go on training: the same command resumes from the newest complete checkpoint.
 
@@ -63,13 +66,13 @@ def train(
     if not dry_run:
         signals.listen()  # before anything heavy: an early signal is kept for the first step's end
     resolved = load_config(config, overrides or ())
-    if not resolved.data.path:
+    if not (resolved.data.path or resolved.data.mix or dry_run):
         raise ConfigError("data.path is not set", cure="name a folder of shards, or of pictures with captions")
     run = RUNS / (resolved.train.name or config.stem)
     if dry_run:
         from longskip.launcher.dry_run import show
 
-        show(resolved, run)
+        show(resolved, run, ranks)
         return
     world = os.environ.get("WORLD_SIZE", "1")
     if world.isdigit() and not (run / "run.json").is_file():

@@ -35,11 +35,12 @@ def draw_to_folder(
     asked = [*prompts, *(read_prompts(file) if file else [])]
     loaded = load_run(path, which=which, weights=weights)
     check_prompts(loaded, asked)
-    for prompt in asked:
-        strange = loaded.vocabulary.unknown(prompt)
-        if strange:
-            print(f"longskip: {prompt!r}: not in the training captions: {', '.join(strange)}", file=sys.stderr)
-    how = Drawing.of(loaded.config.eval, sampler=sampler, steps=steps, guidance=guidance, seed=seed)
+    words = loaded.inputs.vocabulary
+    strange = {prompt: words.unknown(prompt) for prompt in asked} if words else {}
+    for prompt, unknown in strange.items():
+        if unknown:
+            print(f"longskip: {prompt!r}: not in the training captions: {', '.join(unknown)}", file=sys.stderr)
+    how = Drawing.of(loaded.config.eval, loaded.config.diffusion, sampler=sampler, steps=steps, guidance=guidance, seed=seed)
     with counting("drawing", len(asked)) as progress:
         pictures = draw_prompts(loaded, asked, how, progress=progress)
     folder = out or _next_folder(path / "drawn")

@@ -45,8 +45,9 @@ def test_another_configuration_is_refused_with_the_differing_keys(shapes: Path, 
     run.write_identity(config, {}, {"name": "run"})
     assert run.check(config) is True
     assert run.check(small_config(shapes, train={"steps": 99}, logging={"every": 7})) is True
-    with pytest.raises(RunMismatchError, match=r"deepspeed\.zero_stage: 3 saved, 1 now.*optim\.lr"):
-        run.check(small_config(shapes, optim={"lr": 5e-4}, deepspeed={"zero_stage": 1}))
+    with pytest.raises(RunMismatchError, match=r"optim\.lr: 0.001 saved, 0.0005 now.*train\.seed"):
+        run.check(small_config(shapes, optim={"lr": 5e-4}, train={"seed": 4}))
+    assert run.check(small_config(shapes, deepspeed={"zero_stage": 1}, engine={"layout": "named"})) is True
 
 
 @pytest.mark.parametrize(

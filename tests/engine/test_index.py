@@ -174,10 +174,10 @@ def test_empty_tars_are_refused(tmp_path):
     with pytest.raises(ShardError, match=r"a\.tar is empty"):
         build_index(tmp_path)
     tar(tmp_path / "a.tar", [])
-    with pytest.raises(ShardError, match=r"a\.tar holds no picture in 0 samples"):
+    with pytest.raises(ShardError, match=r"a\.tar holds no picture and no latent in 0 samples"):
         build_index(tmp_path)
     tar(tmp_path / "a.tar", [("a.txt", b"only text")])
-    with pytest.raises(ShardError, match="no picture in 1 samples"):
+    with pytest.raises(ShardError, match="no picture and no latent in 1 samples"):
         build_index(tmp_path)
     (tmp_path / "a.tar").unlink()
     with pytest.raises(ShardError, match=r"no \*\.tar"):

@@ -37,8 +37,8 @@ def weights(run: Path, kind: str = "weight", step: int = STEPS) -> dict[str, tor
         return archive.full(kind)
 
 
-def relative(a: dict[int, float], b: dict[int, float]) -> float:
-    assert a.keys() == b.keys() and len(a) == STEPS
+def relative(a: dict[int, float], b: dict[int, float], steps: int = STEPS) -> float:
+    assert a.keys() == b.keys() and len(a) == steps
     return max(abs(a[s] - b[s]) / abs(b[s]) for s in a)
 
 

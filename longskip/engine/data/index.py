@@ -1,9 +1,9 @@
 """The index of a folder of shards: ``index.json`` and, beside each shard, a table of where every member lies.
 
 Shards are webdataset tars after img2dataset's conventions: ``KEY.jpg|png|webp``, ``KEY.txt``, optional ``KEY.json``
-and derived ``KEY.latent.npy``, ``KEY.text.npy``, ``KEY.mask.npy``. They are walked with ``tarfile``, never with
-webdataset, whose decoders run pickles and whose URLs run shells. ``tarfile`` ends quietly at a damaged header, so a
-walk counts only when it reaches the end-of-archive blocks.
+and derived ``KEY.latent.npy``, ``KEY.text.npy``, ``KEY.mask.npy``; a sample has a picture, a latent or both. They are
+walked with ``tarfile``, never with webdataset, whose decoders run pickles and whose URLs run shells. ``tarfile`` ends
+quietly at a damaged header, so a walk counts only when it reaches the end-of-archive blocks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ INDEX_NAME = "index.json"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 DERIVED = ("latent.npy", "text.npy", "mask.npy")
 KINDS = ("image", "txt", "json", *DERIVED)
+SEEN = ("image", "latent.npy")
+"""What a model can be shown: a shard holds at least one of these kinds."""
 REFUSED = frozenset({"pyd", "pkl", "pickle", "pth", "pt", "ckpt", "joblib", "dill"})
+
+MAX_NPY_HEADER = 1 << 12
 
 _BLOCK = 512
 _END = 2 * _BLOCK
@@ -68,6 +72,14 @@ class Index:
     def total(self) -> int:
         """The number of samples."""
         return sum(shard.count for shard in self.shards)
+
+    @property
+    def members(self) -> dict[str, int]:
+        """How many members of each kind there are in all shards."""
+        counts: Counter[str] = Counter()
+        for shard in self.shards:
+            counts.update(shard.members)
+        return dict(counts)
 
     def to_json(self) -> dict[str, Any]:
         """What ``index.json`` holds; nothing of it depends on where the folder lies."""
@@ -173,7 +185,10 @@ def index_shard(path: Path, file: str | None = None) -> tuple[ShardEntry, np.nda
 
     The table is a structured array: ``key`` (bytes), ``width`` and ``height`` (as stored in the file, before EXIF
     orientation; 0 where the header cannot be read), and per kind ``KIND_offset``, ``KIND_size``, ``KIND_crc32`` with a
-    size of -1 where a sample lacks the member. Raises ``ShardError`` naming the byte where the shard is damaged.
+    size of -1 where a sample lacks the member. Where there are latents, ``latent_width`` and ``latent_height`` are
+    those of their arrays (0 where a header cannot be read), so that buckets are known without reading samples.
+
+    Raises ``ShardError`` naming the byte where the shard is damaged.
     """
     cure = "make the shard again; nothing of it was indexed"
     try:
@@ -195,8 +210,8 @@ def index_shard(path: Path, file: str | None = None) -> tuple[ShardEntry, np.nda
         if data[end:].strip(b"\0"):
             raise ShardError(f"{path}: data after the end of the archive at byte {end}", cure=cure)
         counts = Counter(kind for _, members in rows for kind in members)
-        if not counts["image"]:
-            raise ShardError(f"{path} holds no picture in {len(rows)} samples", cure=cure)
+        if not any(counts[kind] for kind in SEEN):
+            raise ShardError(f"{path} holds no picture and no latent in {len(rows)} samples", cure=cure)
         kinds = [kind for kind in KINDS if counts[kind]]
         table = np.zeros(len(rows), dtype=_dtype(kinds, max(len(key.encode()) for key, _ in rows)))
         for kind in kinds:
@@ -209,8 +224,11 @@ def index_shard(path: Path, file: str | None = None) -> tuple[ShardEntry, np.nda
                     table[f"{kind}_offset"][i] = offset
                     table[f"{kind}_size"][i] = length
                     table[f"{kind}_crc32"][i] = zlib.crc32(view[offset : offset + length])
+                if "latent.npy" in members:
+                    offset, length = members["latent.npy"]
+                    table["latent_height"][i], table["latent_width"][i] = _latent_size(data, offset, length)
                 if "image" not in members:
-                    continue  # the row stays, so that the reader and lint report it
+                    continue  # the row stays: a latent may stand for it, or the reader and lint report it
                 offset, length = members["image"]
                 try:
                     table["width"][i], table["height"][i] = picture_size(data[offset : offset + length])
@@ -223,8 +241,23 @@ def index_shard(path: Path, file: str | None = None) -> tuple[ShardEntry, np.nda
     return entry, table
 
 
+def _latent_size(data: mmap.mmap, offset: int, length: int) -> tuple[int, int]:
+    """(height, width) of a latent (C, h, w) from its ``.npy`` header; (0, 0) where that cannot be read."""
+    stream = io.BytesIO(data[offset : offset + min(length, MAX_NPY_HEADER)])
+    try:
+        version = np.lib.format.read_magic(stream)
+        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape = reader(stream)[0]
+    except (ValueError, EOFError):
+        return 0, 0  # the reader meets it again and reports it with the sample
+    return shape[1:] if len(shape) == 3 and all(0 < side < 1 << 16 for side in shape) else (0, 0)
+
+
 def _dtype(kinds: Iterable[str], key_bytes: int) -> np.dtype:
+    kinds = tuple(kinds)
     fields: list[tuple[str, str]] = [("key", f"S{key_bytes}"), ("width", "<u4"), ("height", "<u4")]
+    if "latent.npy" in kinds:
+        fields += [("latent_width", "<u4"), ("latent_height", "<u4")]
     for kind in kinds:
         fields += [(f"{kind}_offset", "<i8"), (f"{kind}_size", "<i8"), (f"{kind}_crc32", "<u4")]
     return np.dtype(fields)
@@ -347,7 +380,7 @@ def load_table(folder: Path, shard: ShardEntry) -> np.ndarray:
     names = table.dtype.names or ()
     kinds = [name[: -len("_offset")] for name in names if name.endswith("_offset")]
     whole = table.ndim == 1 and table.dtype == _dtype(kinds, table.dtype["key"].itemsize) if "key" in names else False
-    if not whole or "image" not in kinds:
+    if not whole or not any(kind in kinds for kind in SEEN):
         raise ShardError(f"{path} is not a table of shard members", cure=cure)
     if len(table) != shard.count:
         raise ShardError(f"{path} has {len(table)} rows, expected {shard.count}", cure=cure)
@@ -369,10 +402,11 @@ def check_shard(folder: Path, shard: ShardEntry) -> None:
         state = "truncated" if size < shard.bytes else "grown"
         raise ShardError(f"{path} is {state}: expected {shard.bytes} bytes, found {size}", cure=cure)
     table = load_table(folder, shard)
-    offsets, lengths = table["image_offset"], table["image_size"]
-    pictures = np.flatnonzero(lengths >= 0)
+    kind = next(kind for kind in SEEN if f"{kind}_offset" in (table.dtype.names or ()))
+    offsets, lengths = table[f"{kind}_offset"], table[f"{kind}_size"]
+    there = np.flatnonzero(lengths >= 0)
     with path.open("rb") as stream:
-        for row in pictures[np.unique(np.linspace(0, len(pictures) - 1, 4).astype(int))] if len(pictures) else ():
+        for row in there[np.unique(np.linspace(0, len(there) - 1, 4).astype(int))] if len(there) else ():
             offset, length = int(offsets[row]), int(lengths[row])
             if not _BLOCK <= offset <= size - _END - length:
                 raise ShardError(f"{path}: the table's row {row} points to byte {offset} of {size}", cure=cure)

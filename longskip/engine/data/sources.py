@@ -11,7 +11,6 @@ import json
 import os
 import stat
 import threading
-import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,6 +18,8 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from longskip.engine.data.captions import MAX_TEXT_BYTES, Captions, captions_of, json_record, weighted_captions
+from longskip.engine.data.crc import crc32
 from longskip.engine.data.index import (
     IMAGE_EXTENSIONS,
     INDEX_NAME,
@@ -32,12 +33,8 @@ from longskip.engine.data.index import (
 from longskip.errors import BadSampleError, DataError, ShardError
 
 METADATA_NAME = "metadata.jsonl"
-MAX_TEXT_BYTES = 1 << 20
 MAX_IMAGE_BYTES = 1 << 28
-MAX_WEIGHT = 1e9
-OPEN_SHARDS = 64
-
-Captions = tuple[tuple[str, float], ...]
+OPEN_SHARDS = 256
 
 
 class RawSample(NamedTuple):
@@ -62,72 +59,13 @@ class Source(Protocol):
         """Sample ``i``; 0 ≤ i < len(source)."""
         ...
 
+    def captions(self, i: int) -> Captions:
+        """The captions of sample ``i`` without its picture or features."""
+        ...
+
     def fingerprint(self) -> str:
         """A stable hash of the data's identity: the same wherever they lie, another one when they change."""
         ...
-
-
-def captions_of(text: bytes | None, extra: bytes | None) -> Captions:
-    """Captions from a ``.txt`` and a ``.json`` member: the JSON's ``captions`` list, else the text, else ``caption``.
-
-    Raises ``BadSampleError`` with the reasons ``text_too_large``, ``caption_encoding``, ``caption_json`` and
-    ``caption_missing`` (no member, or nothing but blanks).
-    """
-    for name, data in (("txt", text), ("json", extra)):
-        if data is not None and len(data) > MAX_TEXT_BYTES:
-            raise BadSampleError("text_too_large", f"the {name} has {len(data)} bytes; the limit is {MAX_TEXT_BYTES}")
-    record = _json_record(extra) if extra is not None else {}
-    if "captions" in record:
-        return weighted_captions(record["captions"])
-    if text is not None:
-        try:
-            words = text.decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise BadSampleError("caption_encoding", f"the text is not UTF-8: {error}") from error
-        if words:
-            return ((words, 1.0),)
-    if isinstance(record.get("caption"), str) and record["caption"].strip():
-        return ((_encodable(record["caption"].strip()), 1.0),)
-    raise BadSampleError("caption_missing", "the sample has no caption")
-
-
-def _encodable(text: str) -> str:
-    """``text`` itself. JSON can spell half of a surrogate pair, which is no text and cannot be written anywhere."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadSampleError("caption_encoding", f"the caption is not Unicode text: {error}") from error
-    return text
-
-
-def _json_record(data: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadSampleError("caption_encoding", f"the JSON is not UTF-8: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise BadSampleError("caption_json", f"the JSON cannot be read: {error}") from error
-    if not isinstance(record, dict):
-        raise BadSampleError("caption_json", f"the JSON holds a {type(record).__name__}, not an object")
-    return record
-
-
-def weighted_captions(items: Any) -> Captions:
-    """``[{"text", "weight"?}, …]`` as pairs; weights from 0 to 1e9, one above 0. Raises ``BadSampleError``."""
-    if not isinstance(items, list):
-        raise BadSampleError("caption_json", f"'captions' is a {type(items).__name__}, not a list")
-    out = []
-    for item in items:
-        record = item if isinstance(item, dict) else {}
-        text, weight = record.get("text"), record.get("weight", 1.0)
-        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if not isinstance(text, str) or not number or not 0 <= weight <= MAX_WEIGHT:  # NaN fails this too
-            raise BadSampleError("caption_json", f"the caption {str(item)[:80]!r} is not {{text, 0 <= weight <= 1e9}}")
-        if weight and (words := _encodable(text.strip())):
-            out.append((words, float(weight)))
-    if not out:
-        raise BadSampleError("caption_missing", "no caption with a text and a weight above 0")
-    return tuple(out)
 
 
 class _Kept(OrderedDict[int, Any]):
@@ -246,6 +184,10 @@ class ShardSource:
             extra = self._member(entry, descriptor, row, "json", MAX_TEXT_BYTES)
         return RawSample(key, image, captions_of(text, extra))
 
+    def captions(self, i: int) -> Captions:
+        """The captions of sample ``i`` alone. Raises ``BadSampleError`` with captions' reasons."""
+        return captions_of(self.member(i, "txt"), self.member(i, "json"))
+
     def member(self, i: int, kind: str) -> bytes | None:
         """The bytes of a member (``latent.npy``, …) of sample ``i``, checked; None where the sample lacks it."""
         with self._lock:
@@ -265,9 +207,9 @@ class ShardSource:
         except OSError as error:
             found = f"cannot be read: {error.strerror}"
         else:
-            if len(data) == size and zlib.crc32(data) == row[f"{kind}_crc32"]:
+            if len(data) == size and crc32(data) == row[f"{kind}_crc32"]:
                 return data
-            found = f"has the crc32 {zlib.crc32(data):08x} over {len(data)} bytes"
+            found = f"has the crc32 {crc32(data):08x} over {len(data)} bytes"
         key = row["key"].decode("utf-8", "replace")
         message = (
             f"{entry.file}: the {kind} of {key} ({size} bytes at byte {offset}) {found}, "
@@ -336,7 +278,7 @@ def _scan_metadata(path: Path) -> tuple[list[FolderEntry], list[tuple[str, str, 
             try:
                 if len(line) > MAX_TEXT_BYTES:
                     raise BadSampleError("text_too_large", f"the line has {len(line)} bytes")
-                record = _json_record(line)
+                record = json_record(line)
                 file = record.get("file_name")
                 if not isinstance(file, str):
                     raise BadSampleError("caption_json", "the line has no 'file_name'")
@@ -360,12 +302,16 @@ def read_entry(folder: Path, entry: FolderEntry) -> RawSample:
         raise BadSampleError("image_missing", f"{entry.file} is not there")
     if len(image) > MAX_IMAGE_BYTES:
         raise BadSampleError("image_too_large", f"{entry.file} has more than {MAX_IMAGE_BYTES} bytes")
-    captions = entry.captions
-    if captions is None:
-        stem = folder / entry.file.rpartition(".")[0]
-        text, extra = (_file_bytes(Path(f"{stem}.{end}"), MAX_TEXT_BYTES) for end in ("txt", "json"))
-        captions = captions_of(text, extra)
-    return RawSample(entry.key, image, captions)
+    return RawSample(entry.key, image, read_captions(folder, entry))
+
+
+def read_captions(folder: Path, entry: FolderEntry) -> Captions:
+    """The captions of a scanned picture. Raises ``BadSampleError`` with captions' reasons."""
+    if entry.captions is not None:
+        return entry.captions
+    stem = folder / entry.file.rpartition(".")[0]
+    text, extra = (_file_bytes(Path(f"{stem}.{end}"), MAX_TEXT_BYTES) for end in ("txt", "json"))
+    return captions_of(text, extra)
 
 
 def _file_bytes(path: Path, limit: int) -> bytes | None:
@@ -419,6 +365,10 @@ class FolderSource:
     def read(self, i: int) -> RawSample:
         """Sample ``i``. Raises ``BadSampleError`` with ``image_missing``, ``image_too_large`` or captions' reasons."""
         return read_entry(self.folder, self._entry(i))
+
+    def captions(self, i: int) -> Captions:
+        """The captions of sample ``i`` alone. Raises ``BadSampleError`` with captions' reasons."""
+        return read_captions(self.folder, self._entry(i))
 
     def fingerprint(self) -> str:
         """SHA-256 over names and sizes of pictures and texts, and the captions of ``metadata.jsonl``."""

@@ -1,0 +1,144 @@
+"""Text to pictures with the U-ViT of this folder, in torch and diffusers alone.
+
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=FOLDER, trust_remote_code=True)
+pipe("a small red circle, center", num_inference_steps=25, guidance_scale=3.0).images[0]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+
+
+class UViTPipeline(DiffusionPipeline):
+    """``objective`` flow (a rectified flow, Euler steps) or ddpm (DDIM steps); ``prediction``: what the model gives, v, x
+    or epsilon. ``vae`` None: the model draws pixels in [−1, 1]. Text encoder and tokenizer None: no text.
+    ``truncate``: texts that are too long for a frozen encoder are cut, and refused otherwise."""
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012 - diffusers' form
+
+    def __init__(
+        self,
+        transformer: Any,
+        scheduler: Any,
+        vae: Any = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        objective: str = "flow",
+        prediction: str = "v",
+        truncate: bool = False,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
+        )
+        self.register_to_config(objective=objective, prediction=prediction, truncate=truncate)
+
+    def encode_prompt(self, prompts: list[str]) -> tuple[Tensor | None, Tensor | None]:
+        """Prompts → features (B, n_txt, E) and, of a frozen encoder, the mask of the tokens to attend to (B, n_txt)."""
+        n_txt = self.transformer.config.n_txt
+        if not n_txt:
+            return None, None
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError("this folder holds no text encoder: give text_encoder and tokenizer to from_pretrained")
+        device = self._execution_device
+        if hasattr(self.text_encoder, "embedding"):  # the word encoder that was trained with the model
+            return self.text_encoder(self.tokenizer(prompts).to(device)), None
+        longest = max(len(ids) for ids in self.tokenizer(prompts, truncation=False).input_ids)
+        if longest > n_txt and not self.config.truncate:
+            raise ValueError(f"a prompt has {longest} tokens; the limit is {n_txt}")
+        read = self.tokenizer(
+            prompts,
+            padding="max_length",
+            max_length=n_txt,
+            truncation=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        ids, mask = read.input_ids.to(device), read.attention_mask.to(device).bool()
+        if self.text_encoder.config.model_type == "t5":
+            return self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask
+        return self.text_encoder(input_ids=ids).last_hidden_state, None  # CLIP's padding is attended to as well
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 3.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """One picture a prompt.
+
+        ``height``, ``width``: pixels, the model's by default (positions are interpolated). ``latents`` (B, C, h, w): the
+        noise to start from, drawn by ``generator`` otherwise. ``guidance_scale`` 1 is none. ``output_type``: pil, np
+        (B, H, W, 3) in [0, 1], pt (B, 3, H, W) in [0, 1], or latent.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        device, config = self._execution_device, self.transformer.config
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 1
+        shape = (
+            len(prompts),
+            config.channels,
+            height // factor if height else config.sample_size[0],
+            width // factor if width else config.sample_size[1],
+        )
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents have shape {tuple(latents.shape)}, not {shape}")
+        x = latents.to(device, torch.float32)
+        told = self.encode_prompt(prompts)
+        guided = guidance_scale != 1.0 and told[0] is not None
+        if guided:  # one pass over both: the prompts, then the empty one
+            empty = self.encode_prompt([""] * len(prompts))
+            told = tuple(None if a is None else torch.cat((a, b)) for a, b in zip(told, empty, strict=True))
+
+        for step in self.progress_bar(self._timesteps(num_inference_steps, device)):
+            time = torch.full((x.shape[0],), float(step) / self.scheduler.config.num_train_timesteps, device=device)
+            both = 2 if guided else 1
+            out = self.transformer(torch.cat([x] * both), torch.cat([time] * both), *told)
+            if guided:
+                conditional, unconditional = out.chunk(2)
+                out = unconditional + guidance_scale * (conditional - unconditional)
+            if self.config.objective == "flow" and self.config.prediction == "x":
+                out = (x - out) / time.view(-1, 1, 1, 1)  # the velocity that the scheduler's step takes
+            x = self.scheduler.step(out, step, x, return_dict=False)[0]
+
+        images = x if output_type == "latent" else self._decode(x, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _timesteps(self, steps: int, device: torch.device) -> Tensor:
+        if self.config.objective == "flow":
+            # Equal steps from 1 to 0, which the scheduler shifts; its own default ends at 1/1000.
+            self.scheduler.set_timesteps(sigmas=[1.0 - i / steps for i in range(steps)], device=device)
+        else:
+            self.scheduler.set_timesteps(steps, device=device)
+        return self.scheduler.timesteps
+
+    def _decode(self, x: Tensor, output_type: str) -> Any:
+        if self.vae is not None:
+            config = self.vae.config
+            x = self.vae.decode((x / config.scaling_factor + (config.shift_factor or 0.0)).to(self.vae.dtype)).sample
+        elif self.transformer.config.channels != 3:
+            raise ValueError("this folder holds no vae: give one to from_pretrained, or ask for output_type='latent'")
+        pixels = (x.float().clamp(-1, 1) + 1) / 2
+        if output_type == "pt":
+            return pixels
+        grid = pixels.permute(0, 2, 3, 1).cpu().numpy()
+        if output_type == "np":
+            return grid
+        return [Image.fromarray((picture * 255).round().astype("uint8")) for picture in grid]

@@ -1,0 +1,99 @@
+"""What a run's model is fed: words or features, pixels or latents, read from the data or encoded on the way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from longskip.engine.config import Config
+from longskip.engine.data.reader import Assembler, MicroBatch
+from longskip.engine.data.sources import Source
+from longskip.engine.data.tokens import Vocabulary
+from longskip.engine.texts import EncodedTexts, NoTexts, StoredTexts, Texts, WordTexts
+
+if TYPE_CHECKING:
+    from longskip.engine.encoders import Encoders
+
+STORED_CAPTIONS = 16
+
+
+class Inputs:
+    """The vocabulary and the frozen encoders of a configuration, on ``device``; encoders are loaded at first use.
+
+    ``source`` is the data whose stored features stand for a text encoder that is not there.
+    """
+
+    def __init__(
+        self, config: Config, vocabulary: Vocabulary | None, device: torch.device, source: Source | None = None
+    ) -> None:
+        self.config, self.vocabulary, self.device, self.source = config, vocabulary, device, source
+        spec = config.backbone()
+        self.latent_shape: tuple[int, int, int] = (spec.channels, *spec.latent_size)
+
+    @cached_property
+    def encoders(self) -> Encoders:
+        """Raises ConfigError where a path is missing or what lies there does not fit the configuration."""
+        from longskip.engine.encoders import Encoders
+
+        return Encoders.of(self.config, self.device)
+
+    @cached_property
+    def texts(self) -> Texts:
+        """How prompts are told to the model."""
+        text = self.config.encoders.text
+        if text.kind == "none":
+            return NoTexts()
+        if self.vocabulary is not None:
+            return WordTexts(self.vocabulary, text.n_tokens, text.too_long == "truncate")
+        return EncodedTexts(self.encoders) if text.path or self.source is None else self._stored(self.source)
+
+    @property
+    def pictures(self) -> bool:
+        """Whether latents can be turned into pictures."""
+        return self.config.encoders.vae.kind == "none" or bool(self.config.encoders.vae.path)
+
+    def assembler(self, source: Source, **settings: Any) -> Assembler:
+        """An assembler of this run's batches over ``source``; without settings it neither drops, flips nor crops."""
+        return Assembler(source, **(self.settings() | settings))
+
+    def settings(self) -> dict[str, Any]:
+        """What ``Reader`` and ``Assembler`` are to know of the model's inputs."""
+        text = self.config.encoders.text
+        return {
+            "vocabulary": self.vocabulary,
+            "resolution": self.config.resolution,
+            "n_txt": 0 if text.kind == "none" else text.n_tokens,
+            "seed": self.config.train.seed,
+            "too_long": text.too_long,
+            "latent_shape": self.latent_shape,
+        }
+
+    def ready(self, micro: MicroBatch) -> MicroBatch:
+        """The micro-batch on the device, encoded where its pictures or captions still are to be."""
+        micro = micro.to(self.device)
+        if self.config.encoders.text.frozen and not micro.conditions:
+            micro = replace(micro, conditions=self.texts.conditions(micro.captions, self.device))
+        if micro.clean.shape != micro.noise.shape:
+            latents = self.encoders.encode_images(micro.clean)
+            # A bad sample's picture is zeros; its latents are made so again, whatever the encoder says of grey.
+            micro = replace(micro, clean=latents * (micro.weight > 0).view(-1, 1, 1, 1))
+        return micro
+
+    def to_pictures(self, latents: torch.Tensor) -> np.ndarray:
+        """Latents (B, C, h, w) → uint8 (B, H, W, 3)."""
+        pixels = latents if self.config.encoders.vae.kind == "none" else self.encoders.decode(latents)
+        scaled = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return scaled.permute(0, 2, 3, 1).cpu().numpy()
+
+    def _stored(self, source: Source) -> StoredTexts:
+        first = np.arange(min(STORED_CAPTIONS, len(source)))
+        known: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        for dropout, samples in ((0.0, first), (1.0, first[:1])):
+            batch = self.assembler(source, caption_dropout=dropout).assemble(np.zeros_like(samples), samples)
+            rows = zip(batch.captions, batch.conditions["text"], batch.conditions["text_mask"], strict=True)
+            known |= {caption: (text, mask) for caption, text, mask in rows}
+        return StoredTexts(known)

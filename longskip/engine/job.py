@@ -1,0 +1,270 @@
+"""A run in memory: ``Job`` with its place (``LoopState``) and the verbs that the loop is made of."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from longskip.engine import checkpoint, faults, signals
+from longskip.engine.config import BatchPlan, Config
+from longskip.engine.costs import COUNTERS, StepCost
+from longskip.engine.data.plan import Cursor
+from longskip.engine.data.reader import MicroBatch, Reader
+from longskip.engine.data.sources import Source
+from longskip.engine.diffusion import Objective
+from longskip.engine.distributed import World, all_reduce_sum
+from longskip.engine.inputs import Inputs
+from longskip.engine.metrics import Metrics
+from longskip.engine.optim import AdamW, ema_decay, learning_rate
+from longskip.engine.runs import RunFolder, append_json, tolerant
+from longskip.engine.shards import Shards
+from longskip.engine.validation import Validation
+from longskip.errors import CheckpointError, DataError, LongskipError, NonFiniteLossError
+from longskip.profiling import ledger
+from longskip.profiling.meter import Interval, Meter
+
+
+@dataclass
+class LoopState:
+    """Where a run is: everything a resume needs besides the tensors. Counts are global and exact integers."""
+
+    cursor: Cursor
+    step: int = 0
+    images: int = 0
+    image_tokens: int = 0
+    tokens: int = 0
+    model_flops: int = 0
+    hardware_flops: int = 0
+    six_nd: int = 0
+    bad_samples: int = 0
+    losses: list[float] = field(default_factory=list)  # of the steps since the last line of metrics.jsonl
+
+    def to_json(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in ("step", *COUNTERS, "bad_samples")}
+        return own | {"cursor": self.cursor.to_json(), "losses": list(self.losses)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> LoopState:
+        return cls(**(value | {"cursor": Cursor.from_json(value["cursor"])}))
+
+
+@dataclass
+class Job:
+    """A run in memory: its parts, its place, and the verbs of the loop."""
+
+    config: Config
+    world: World
+    run: RunFolder
+    batch: BatchPlan
+    source: Source
+    engine: Any
+    optimizer: AdamW
+    shards: Shards
+    reader: Reader
+    objective: Objective
+    inputs: Inputs
+    cost_of: Callable[[Cursor], StepCost]  # of the global batch that starts at a cursor
+    state: LoopState
+    attempt: int
+    meter: Meter
+    metrics: Metrics
+    validation: Validation
+    started_at: int = 0
+    stopping: bool = False  # agreed by all ranks; what this rank alone was asked is signals.asked()
+    _ledger_losses: list[float] = field(default_factory=list)
+    _norm: float = 0.0
+    _lr: float = 0.0
+    _waited: float = 0.0
+
+    # --- once in a while ----------------------------------------------------------------------------------------------
+
+    def due(self, every: int) -> bool:
+        """Whether something done every ``every`` steps is due now; never right after a resume, and at the end."""
+        step = self.state.step
+        return every > 0 and step > self.started_at and (step % every == 0 or step == self.config.train.steps)
+
+    @property
+    def finished(self) -> bool:
+        return self.state.step >= self.config.train.steps
+
+    def evaluate(self) -> None:
+        values = self.validation.loss(self.engine, self.shards, self.objective)
+        if values is not None:
+            self.metrics.record(self.state.step, values)
+            self.metrics.say(
+                f"step {self.state.step}  validation loss {values['validation/loss']:.4f} (EMA weights, times evenly spread)"
+            )
+
+    def draw_samples(self) -> None:
+        """Draw the run's prompts; a failure is an incident, never the end of a training."""
+        try:
+            folder = self.validation.samples(self.engine, self.shards, self.objective, self.run.path, self.state.step)
+        except LongskipError as error:
+            self.incident("no_samples", str(error))
+            self.metrics.say(f"step {self.state.step}  no samples: {error}")
+            return
+        if folder is not None:
+            self.metrics.say(f"step {self.state.step}  samples in {folder}")
+
+    def save(self) -> None:
+        """Commit a checkpoint; the ledger's interval ends first, so that none of its lines reaches across a commit."""
+        self._end_ledger_interval(durable=True)
+        begin = time.monotonic()
+        try:
+            checkpoint.save(
+                self.run.checkpoints,
+                self.state.step,
+                self.shards,
+                self.state.to_json(),
+                keep_last=self.config.checkpoint.keep_last,
+            )
+        except CheckpointError as error:
+            if self.finished or self.stopping:
+                raise
+            self.incident("not_saved", str(error))
+            self.metrics.say(f"step {self.state.step}  NOT SAVED, training goes on: {error}")
+            return
+        self.metrics.say(f"step {self.state.step}  saved in {1000 * (time.monotonic() - begin):.0f} ms")
+
+    # --- the step -----------------------------------------------------------------------------------------------------
+
+    def step(self, micro_batches: list[MicroBatch]) -> None:
+        """One optimizer step on this rank's micro-batches of a global batch.
+
+        Raises NonFiniteLossError on all ranks, before any weight has moved, when the loss is NaN or infinite anywhere.
+        """
+        step = self.state.step + 1
+        faults.point("step.begin", step=step)
+        self._lr = learning_rate(self.config.optim, step, self.config.train.steps)
+        self.optimizer.set_step(step, self._lr, ema_decay(self.config.optim, step))
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for micro in micro_batches[:-1]:
+            total += self._backward(micro)
+            self.engine.step()
+        total += self._backward(micro_batches[-1])
+        faults.point("step.backward", step=step)
+        self._agree(float(total), micro_batches)
+        self._norm = self._take_step(micro_batches)
+        self._count()
+        faults.point("step.done", step=step)
+
+    def _backward(self, micro: MicroBatch) -> torch.Tensor:
+        micro = self.inputs.ready(micro)
+        time_ = self.objective.times(micro.time_normal)
+        clean = micro.clean.float()
+        noised = self.objective.noised(clean, micro.noise, time_)
+        prediction = self.engine(noised, time_, **micro.conditions)
+        losses = self.objective.loss(prediction, clean, micro.noise, time_, micro.weight)
+        # The mean is over all slots, bad ones included, so that ranks need not agree on how many were good.
+        self.engine.backward(losses.sum() / self.batch.micro)
+        return losses.detach().double().sum()
+
+    def _agree(self, loss_sum: float, micro_batches: list[MicroBatch]) -> None:
+        """One small all-reduce a step: the global loss, bad samples, and whether any rank was asked to stop."""
+        bad = [entry for micro in micro_batches for entry in micro.bad]
+        with tolerant("bad_samples.jsonl"):
+            for entry in bad:
+                append_json(self.run / "bad_samples.jsonl", entry | {"step": self.state.step + 1})
+        finite = math.isfinite(loss_sum)
+        total, n_bad, stop, broken = all_reduce_sum(
+            [loss_sum if finite else 0.0, float(len(bad)), float(signals.asked()), float(not finite)],
+            self.world.device,
+        )
+        self.stopping = stop > 0
+        if broken:
+            raise self._not_finite(f"loss is not finite on {round(broken)} rank(s)", micro_batches)
+        self.state.losses.append(total / self.batch.total)
+        self._ledger_losses.append(total / self.batch.total)
+        self.state.bad_samples += round(n_bad)
+        seen = (self.state.step + 1) * self.batch.total
+        if self.state.bad_samples > self.config.data.max_bad_share * max(seen, 100):
+            error = DataError(
+                f"{self.state.bad_samples} of {seen} samples were bad, above data.max_bad_share "
+                f"{self.config.data.max_bad_share}; see {self.run / 'bad_samples.jsonl'}",
+                cure="longskip data lint names them; repair the data or raise the share",
+            )
+            error.alike = True
+            raise error
+
+    def _take_step(self, micro_batches: list[MicroBatch]) -> float:
+        """Clip, update, average; returns the global gradient norm before clipping.
+
+        Raises NonFiniteLossError on all ranks, the weights as they were, when the norm is NaN or infinite.
+        """
+        if self.shards.stage == 0 and self.config.train.dtype == "fp32":
+            # DeepSpeed clips at stage 0 without telling the norm, and would take a step of NaN.
+            grads = [p.grad for p in self.shards.parameters if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(grads))
+            if not math.isfinite(norm):
+                raise self._not_finite("gradient is not finite", micro_batches)
+            self.engine.step()
+            return norm
+        self.engine.step()
+        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        if getattr(self.engine.optimizer, "overflow", False) or not math.isfinite(norm):
+            raise self._not_finite("gradient is not finite", micro_batches)  # DeepSpeed has skipped the update
+        return norm
+
+    def _not_finite(self, what: str, micro_batches: list[MicroBatch]) -> NonFiniteLossError:
+        ids = [int(i) for micro in micro_batches for i in micro.samples]
+        self.incident("not_finite", f"the {what} at step {self.state.step + 1}; samples of this rank: {ids}")
+        error = NonFiniteLossError(
+            f"the {what} at step {self.state.step + 1}; no weight has moved since step {self.state.step}; "
+            f"{self.run / 'incidents.jsonl'} lists the samples of every rank",
+            cure="lower optim.lr, set model.qk_norm: true, or train in fp32; the last checkpoint is intact",
+        )
+        error.alike = True
+        return error
+
+    def _count(self) -> None:
+        state = self.state
+        counts = self.cost_of(state.cursor).counts()
+        state.step += 1
+        state.cursor = state.cursor.advance(self.batch.total)
+        for counter, value in counts.items():
+            setattr(state, counter, getattr(state, counter) + value)
+        waited, self._waited = self.reader.data_wait_seconds - self._waited, self.reader.data_wait_seconds
+        self.meter.add(**counts, data_wait=waited)
+
+    def log(self) -> None:
+        """When it is due: one ledger line, one metrics line, one line to read."""
+        if not self.due(self.config.logging.every):
+            return
+        eta = self.meter.eta(self.config.train.steps)
+        ended = self._end_ledger_interval()
+        values = {
+            "loss": sum(self.state.losses) / len(self.state.losses),
+            "lr": self._lr,
+            "grad_norm": self._norm,
+            "images": self.state.images,
+            "bad": self.state.bad_samples,
+        }
+        self.state.losses.clear()
+        self.metrics.interval(ended, values, eta)
+
+    def _end_ledger_interval(self, durable: bool = False) -> Interval:
+        ended = self.meter.peek() if not self._ledger_losses else self.meter.interval()
+        if self._ledger_losses and self.world.is_main:
+            loss = sum(self._ledger_losses) / len(self._ledger_losses)
+            with tolerant("ledger.jsonl"):
+                ledger.append(self.run / "ledger.jsonl", ended.line(attempt=self.attempt, loss=loss), durable=durable)
+        self._ledger_losses.clear()
+        return ended
+
+    def incident(self, kind: str, detail: str) -> None:
+        """One line of incidents.jsonl; any rank may write its own."""
+        line = {"time": time.time(), "attempt": self.attempt, "step": self.state.step, "rank": self.world.rank}
+        with tolerant("incidents.jsonl"):
+            append_json(self.run / "incidents.jsonl", line | {"kind": kind, "detail": detail})
+
+    def close(self, status: str) -> None:
+        self.reader.close()
+        self.metrics.close()
+        if self.world.is_main:
+            with tolerant("run.json"):
+                self.run.set_status(status)

@@ -1,0 +1,257 @@
+"""From a configuration and a folder to a ``Job`` that is ready to step: everything that can be refused is, here."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from longskip import errors
+from longskip.engine import build, checkpoint, fitting, initial
+from longskip.engine.config import BatchPlan, Config
+from longskip.engine.costs import StepCost, step_cost
+from longskip.engine.data.plan import Plan
+from longskip.engine.data.reader import Reader
+from longskip.engine.data.sources import ShardSource, Source, open_source
+from longskip.engine.data.tokens import Vocabulary
+from longskip.engine.diffusion import objective_of
+from longskip.engine.distributed import World, broadcast_object
+from longskip.engine.inputs import Inputs
+from longskip.engine.job import Job, LoopState
+from longskip.engine.metrics import Metrics
+from longskip.engine.runs import RunFolder
+from longskip.engine.validation import Validation
+from longskip.errors import DataError, LongskipError, RunMismatchError
+from longskip.kernels import backends
+from longskip.profiling import ledger
+from longskip.profiling.meter import Meter
+
+
+def prepare(config: Config, run_path: Path, world: World) -> Job:
+    """Everything up to the first step; user errors are raised on all ranks alike, before any work is lost."""
+    run = RunFolder(run_path)
+    claimed: Any = on_main(world, lambda: _claim(run, config))
+    resuming, kept_micro, attempt = claimed["resuming"], claimed["micro_batch"], claimed["attempt"]
+    batch = config.batch(world.size, kept_micro)
+    on_main(world, lambda: _check(config, batch, world.device))
+    source = _open(config)
+    plan = Plan(len(source), batch.total, config.train.seed)
+    if not resuming and config.encoders.text.kind == "words":
+        on_main(world, lambda: _begin_vocabulary(run, config, source))
+    vocabulary = build.words_of(run.path, config)
+    inputs = Inputs(config, vocabulary, world.device, source)
+    start: Any = on_main(world, lambda: _find_start(run, config, vocabulary))
+    on_main(world, lambda: Validation(config, world, inputs, source).count)
+    validation = Validation(config, world, inputs, source)
+
+    model = build.build_model(config, len(vocabulary or ()))
+    n_parameters = sum(math.prod(shape) for _, _, _, shape in model.canonical())
+    config = _settle_stage(config, run, world, batch, n_parameters)
+    ds_config = build.deepspeed_config(config, batch, n_parameters=n_parameters, cuda=world.device.type == "cuda")
+    backends.configure(config.kernels.by_op())
+    engine, optimizer, shards = build.build_engine(config, model, world, ds_config)
+    cost = step_cost(config, batch, n_parameters)
+    summary = _summary(config, run, cost, batch, n_parameters, source)
+    on_main(world, lambda: _settle(run, config, ds_config, summary, resuming))
+
+    state = LoopState(plan.cursor())
+    folder, complaints = checkpoint.newest_for_all(run.checkpoints, world.rank)
+    if folder is not None:
+        state = LoopState.from_json(checkpoint.load(folder, shards))
+    elif start is not None:
+        with initial.initial_values(start, config.train.init_weights, config, vocabulary) as values:
+            initial.apply(values, shards)
+    on_main(world, lambda: ledger.append(run / "ledger.jsonl", ledger.Resumed(attempt, state.step)))
+    reader = Reader(
+        source,
+        plan,
+        rank=world.rank,
+        world=world.size,
+        micro=batch.micro,
+        accumulation=batch.accumulation,
+        caption_dropout=config.diffusion.caption_dropout,
+        flip=config.data.flip,
+        crop=config.data.crop,
+        workers=config.data.workers,
+        cursor=state.cursor,
+        **inputs.settings(),
+    )
+    device_name = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
+    meter = Meter(device_name=device_name, devices=world.size, dtype=config.train.dtype, step=state.step)
+    metrics = Metrics(
+        run.path,
+        main=world.is_main,
+        attempt=attempt,
+        steps=config.train.steps,
+        start=state.step,
+        tensorboard=config.logging.tensorboard,
+    )
+    job = Job(
+        config, world, run, batch, source, engine, optimizer, shards, reader, objective_of(config.diffusion), inputs,
+        lambda cursor: cost, state, attempt, meter, metrics, validation, started_at=state.step,
+    )  # fmt: skip
+    for complaint in complaints:
+        job.incident("bad_checkpoint", complaint)
+        metrics.say(f"passed over a checkpoint: {complaint}")
+    _announce(job, resuming, n_parameters, meter)
+    return job
+
+
+def _settle_stage(config: Config, run: RunFolder, world: World, batch: BatchPlan, n_parameters: int) -> Config:
+    """The configuration with ``zero_stage: auto`` decided: the newest checkpoint's stage, else the smallest that fits."""
+
+    def decide() -> fitting.Stage:
+        asked, free = config.deepspeed.zero_stage, _free_memory(world)
+        sizes = {"world": world.size, "micro": batch.micro, "n_parameters": n_parameters}
+        saved = checkpoint.steps_in(run.checkpoints)
+        stage: fitting.Stage
+        if asked != "auto":
+            stage = asked
+        elif saved:
+            stage = checkpoint.read_manifest(saved[-1])["zero_stage"]
+        else:
+            stage = fitting.choose_stage(config, free=free, **sizes)
+        fitting.check_offload(config, stage, free=free, **sizes)
+        return stage
+
+    group = config.deepspeed.model_copy(update={"zero_stage": on_main(world, decide)})
+    return config.model_copy(update={"deepspeed": group})
+
+
+def _free_memory(world: World) -> fitting.Free:
+    """This rank's share of what is free, on its device and in the machine that it shares with its neighbours."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", torch.cuda.device_count() or world.size))
+    host = psutil.virtual_memory().available // max(1, min(local, world.size))
+    if world.device.type == "cuda":
+        return fitting.Free(torch.cuda.mem_get_info()[0], host)
+    return fitting.Free(host)
+
+
+def _find_start(run: RunFolder, config: Config, vocabulary: Vocabulary | None) -> str | None:
+    """Where a run without a checkpoint takes its first weights from, opened once to be refused now if it must be."""
+    if config.train.init_from is None or checkpoint.steps_in(run.checkpoints):
+        return None
+    found = initial.find_initial(config.train.init_from)
+    initial.initial_values(found, config.train.init_weights, config, vocabulary).close()
+    return str(found)
+
+
+def _begin_vocabulary(run: RunFolder, config: Config, source: Source) -> None:
+    """A new run's words: those of the weights that it starts from, else those of its captions."""
+    parent = initial.initial_vocabulary(config.train.init_from) if config.train.init_from else None
+    words = build.load_vocabulary(parent) if parent else build.build_vocabulary(config, source)
+    build.save_vocabulary(run / "vocabulary.json", words)
+
+
+def on_main(world: World, act: Callable[[], object]) -> object:
+    """Rank 0's result of ``act`` on every rank; its error is raised on every rank (none waits for a dead one)."""
+    outcome: Any = None
+    failure: LongskipError | None = None
+    if world.is_main:
+        try:
+            outcome = {"value": act()}
+        except (LongskipError, OSError) as error:
+            failure = (
+                error if isinstance(error, LongskipError) else LongskipError(f"the first rank cannot go on: {error}")
+            )
+            outcome = {"error": type(failure).__name__, "message": str(failure)}
+    outcome = broadcast_object(outcome)
+    if "error" not in outcome:
+        return outcome["value"]
+    if failure is None:
+        kind = getattr(errors, outcome["error"], LongskipError)
+        failure = (DataError if issubclass(kind, errors.BadSampleError) else kind)(outcome["message"])
+    failure.alike = True
+    raise failure
+
+
+def _claim(run: RunFolder, config: Config) -> dict[str, Any]:
+    """Own the folder; whether it holds this run already, with what micro-batch it began, and the attempt's number."""
+    run.lock()
+    try:
+        resuming = run.check(config)
+        checkpoint.sweep(run.checkpoints)
+    except LongskipError:
+        run.unlock()
+        raise
+    saved = json.loads((run / "run.json").read_text("utf-8")) if resuming else {}
+    attempts = (entry.attempt for entry in ledger.read(run / "ledger.jsonl").entries)
+    return {"resuming": resuming, "micro_batch": saved.get("micro_batch"), "attempt": 1 + max(attempts, default=0)}
+
+
+def _check(config: Config, batch: BatchPlan, device: torch.device) -> None:
+    """What can be wrong with data and backends, found before any rank builds a model."""
+    Plan(len(_open(config)), batch.total, config.train.seed)
+    backends.configure(config.kernels.by_op())
+    backends.choices(device)
+
+
+def _open(config: Config) -> Source:
+    source = open_source(config.data.path)
+    if isinstance(source, ShardSource):
+        source.on_damage = config.data.on_damage
+    return source
+
+
+def _settle(run: RunFolder, config: Config, ds_config: dict[str, Any], summary: dict[str, Any], resuming: bool) -> None:
+    """Write what the run is; on a resume refuse other data or another DeepSpeed JSON first (RunMismatchError)."""
+    if resuming:
+        saved = json.loads((run / "run.json").read_text("utf-8"))
+        if saved.get("data", {}).get("fingerprint") != summary["data"]["fingerprint"]:
+            raise RunMismatchError(
+                f"{config.data.path} is not the data that {run.path} was trained on "
+                f"({saved.get('data')} then, {summary['data']} now)",
+                cure="bring the data back, or give the new run its own train.name=…",
+            )
+        before = json.loads((run / "ds_config.json").read_text("utf-8"))
+        # The stage and the ranks may change: checkpoints are read in any slices.
+        derived = {
+            "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_optimization",
+            "zero_force_ds_cpu_optimizer",
+        }  # fmt: skip
+        other = [k for k in before.keys() | ds_config.keys() if k not in derived and before.get(k) != ds_config.get(k)]
+        if other:
+            raise RunMismatchError(
+                f"{run.path} was made with another DeepSpeed configuration: {', '.join(sorted(other))} differ",
+                cure="set deepspeed.config back, or give the new run its own train.name=…",
+            )
+    run.write_identity(config, ds_config, summary | {"status": "running"})
+
+
+def _summary(
+    config: Config, run: RunFolder, cost: StepCost, batch: BatchPlan, n_parameters: int, source: Source
+) -> dict[str, Any]:
+    counts = config.backbone().param_counts()
+    return {
+        "name": run.path.name,
+        "micro_batch": batch.micro,
+        "params": n_parameters,
+        "params_token": counts.per_token,
+        "flops_per_image": cost.model_flops // batch.total,
+        "image_tokens": cost.image_tokens // batch.total,
+        "tokens": cost.tokens // batch.total,
+        "data": {"samples": len(source), "fingerprint": source.fingerprint()},
+        "kernels": {op: list(choice) for op, choice in backends.choices().items()},
+    }
+
+
+def _announce(job: Job, resuming: bool, n_parameters: int, meter: Meter) -> None:
+    config, state = job.config, job.state
+    say = job.metrics.say
+    backbone = config.backbone().param_counts().total
+    text = f" ({n_parameters - backbone:,} of them the text encoder's)" if n_parameters > backbone else ""
+    say(
+        f"{config.model.preset}: {n_parameters:,} parameters{text}, {config.train.dtype}, "
+        f"ZeRO-{config.deepspeed.zero_stage}, {config.engine.layout} layout, {job.batch}"
+    )
+    say(f"{len(job.source):,} samples in {config.data.path}; {config.train.steps:,} steps")
+    if meter.reason:
+        say(meter.reason)
+    if resuming:
+        say(f"attempt {job.attempt} goes on from step {state.step}")

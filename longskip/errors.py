@@ -65,6 +65,10 @@ class ShardError(DataError):
     """A shard that is missing, truncated, altered or not indexed."""
 
 
+class RemoteError(DataError):
+    """Data on a server that could not be fetched: it hangs, breaks off, refuses, or does not have them."""
+
+
 class BadSampleError(DataError):
     """One sample that cannot be used; ``reason`` is the counter's name (``image_decode``, ``caption_missing``, ...)."""
 

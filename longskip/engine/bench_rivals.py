@@ -21,7 +21,7 @@ from longskip.errors import ConfigError
 from longskip.models.init import initial_value
 from longskip.models.specs import NORM_EPS, ParamSpec, UViTSpec
 
-Step = Callable[[MicroBatch], float]  # one optimizer step; returns the sum of this rank's per-sample losses
+Step = Callable[[MicroBatch], float]  # one optimizer step; returns the mean loss of this rank's samples
 
 
 class PlainBlock(nn.Module):
@@ -107,10 +107,10 @@ def stock_deepspeed(config: Config, vocabulary_size: int, batch: BatchPlan, devi
     engine, *_ = deepspeed.initialize(model=model, optimizer=torch_adamw(config, model, table), config=settings)
 
     def step(micro: MicroBatch) -> float:
-        losses = flow_losses(engine, micro.to(device))
-        engine.backward(losses.mean())
+        loss = flow_loss(engine, micro.to(device))
+        engine.backward(loss)
         engine.step()
-        return float(losses.detach().sum())
+        return float(loss)
 
     return step
 
@@ -126,31 +126,31 @@ def bare_loop(config: Config, vocabulary_size: int, device: torch.device) -> Ste
     average = [weight.detach().clone() for weight in weights]
 
     def step(micro: MicroBatch) -> float:
-        losses = flow_losses(model, micro.to(device))
-        losses.mean().backward()
+        loss = flow_loss(model, micro.to(device))
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, config.optim.clip)
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
             torch._foreach_lerp_(average, weights, 1.0 - config.optim.ema_decay)
-        return float(losses.detach().sum())
+        return float(loss)
 
     return step
 
 
-def flow_losses(model: Callable[..., Tensor], micro: MicroBatch) -> Tensor:
-    """Squared error of the velocity ε − x₀ at logit-normal times, (B,) means over a sample's elements."""
+def flow_loss(model: Callable[..., Tensor], micro: MicroBatch) -> Tensor:
+    """Mean squared error of the velocity ε − x₀ at logit-normal times."""
     time = torch.sigmoid(micro.time_normal)  # (B,)
     t = time.view(-1, 1, 1, 1)
     predicted = model((1 - t) * micro.clean + t * micro.noise, time, micro.conditions["tokens"])
-    return ((predicted - (micro.noise - micro.clean)) ** 2).mean((1, 2, 3))
+    return F.mse_loss(predicted, micro.noise - micro.clean)
 
 
 def declared(config: Config, vocabulary_size: int) -> dict[str, ParamSpec]:
     """The plain model's parameter names → our declarations of the same tensors."""
     text = config.text_encoder(vocabulary_size)
     table = {spec.name: spec for unit in config.backbone().parameters().values() for spec in unit}
-    return table if text is None else table | {"text.embedding.weight": text.parameters()["embedding"][0]}
+    return table | {f"text.{spec.name}": spec for unit in (text.parameters() if text else {}).values() for spec in unit}
 
 
 @torch.no_grad()

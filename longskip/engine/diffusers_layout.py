@@ -73,6 +73,8 @@ def _scheduler(folder: Path, index: dict[str, Any], config: Config) -> None:
             "beta_schedule": "scaled_linear",
             "prediction_type": kinds[group.prediction],
             "clip_sample": False,
+            "set_alpha_to_one": True,
+            "timestep_spacing": "trailing",  # the noisiest step first, as training ends there (2305.08891)
         }
     (folder / "scheduler").mkdir()
     _json(folder / "scheduler" / "scheduler_config.json", {"_class_name": name, **_version(), **settings})

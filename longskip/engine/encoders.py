@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
+from longskip.engine import encoderfiles
 from longskip.engine.config import Config, TextGroup, VaeGroup
 from longskip.engine.encoderfiles import EncoderFiles, check_text, check_vae, same, vocabulary_size
 from longskip.errors import ConfigError, DataError, EncoderError, TextTooLongError
@@ -45,19 +47,47 @@ class Encoders:
             raise ConfigError(f"encoders cannot compute in {dtype}", cure=f"one of {', '.join(map(str, DTYPES))}")
         self.vae, self.text, self.resolution = vae, text, resolution
         self.device, self.dtype = torch.device(device), dtype
-        self._vae_files = check_vae(vae) if vae.kind == "vae" and vae.path else None
-        self._text_files = check_text(text) if text.frozen and text.path else None
+        self.vae_files = check_vae(vae) if vae.kind == "vae" and vae.path else None
+        self.text_files = check_text(text) if text.frozen and text.path else None
 
     @classmethod
     def of(cls, config: Config, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Encoders:
         """The encoders that ``config.encoders`` names."""
         return cls(config.encoders.vae, config.encoders.text, config.resolution, device, dtype)
 
+    @classmethod
+    def at(
+        cls,
+        vae: str | Path | None,
+        text: str | Path | None,
+        resolution: tuple[int, int],
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+        *,
+        text_kind: Literal["auto", "t5", "clip"] = "auto",
+        n_tokens: int | None = None,
+        too_long: Literal["error", "truncate"] = "error",
+    ) -> Encoders:
+        """The encoders in these folders, their settings as the folders say them (``n_tokens``: CLIP's 77, T5's 120).
+
+        Raises ``EncoderError`` as above, and for a text encoder that is not of ``text_kind``.
+        """
+        vae_group = VaeGroup() if vae is None else encoderfiles.vae_group(encoderfiles.vae_files(vae))
+        text_group = TextGroup(kind="none")
+        if text is not None:
+            text_group = encoderfiles.text_group(encoderfiles.text_files(text), n_tokens, too_long)
+            if text_kind not in ("auto", text_group.kind):
+                raise EncoderError(
+                    f"{text} holds {text_group.kind}, {text_kind} is asked for",
+                    cure=f"name a folder of {text_kind}, or the kind {text_group.kind}",
+                )
+        return cls(vae_group, text_group, resolution, device, dtype)
+
     def load(self) -> Encoders:
         """Loads what has a path now, so that damaged weights are met before anything else is done."""
-        if self._vae_files is not None:
+        if self.vae_files is not None:
             _ = self._autoencoder
-        if self._text_files is not None:
+        if self.text_files is not None:
             _ = self._text_model
         return self
 
@@ -67,11 +97,11 @@ class Encoders:
         ``dtype`` is the one computed in; ``sha256`` is over weights, configuration and tokenizer.
         """
         parts: dict[str, dict[str, Any]] = {}
-        if self._vae_files is not None:
+        if self.vae_files is not None:
             vae = self.vae
             parts["vae"] = {
                 "kind": vae.kind,
-                "sha256": self._vae_files.sha256(),
+                "sha256": self.vae_files.sha256(),
                 "dtype": DTYPES[self.dtype],
                 "resolution": list(self.resolution),
                 "channels": vae.channels,
@@ -80,11 +110,11 @@ class Encoders:
                 "shift": vae.shift,
                 "posterior": "mean",
             }
-        if self._text_files is not None:
+        if self.text_files is not None:
             text = self.text
             parts["text"] = {
                 "kind": text.kind,
-                "sha256": self._text_files.sha256(),
+                "sha256": self.text_files.sha256(),
                 "dtype": DTYPES[self.dtype],
                 "n_tokens": text.n_tokens,
                 "width": text.width,
@@ -163,7 +193,7 @@ class Encoders:
 
     @cached_property
     def _autoencoder(self) -> Any:
-        files = self._vae_files or check_vae(self.vae)  # which says that there is no path
+        files = self.vae_files or check_vae(self.vae)  # which says that there is no path
         AutoencoderKL = _library("diffusers").AutoencoderKL
         with _loading(files):
             model, report = AutoencoderKL.from_pretrained(
@@ -178,7 +208,7 @@ class Encoders:
 
     @cached_property
     def _text_model(self) -> Any:
-        files = self._text_files or check_text(self.text)
+        files = self.text_files or check_text(self.text)
         transformers = _library("transformers")
         kind = transformers.T5EncoderModel if self.text.kind == "t5" else transformers.CLIPTextModel
         with _loading(files):
@@ -193,7 +223,7 @@ class Encoders:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        files = self._text_files or check_text(self.text)
+        files = self.text_files or check_text(self.text)
         transformers = _library("transformers")
         kind = transformers.T5Tokenizer if self.text.kind == "t5" else transformers.CLIPTokenizer
         with _loading(files):

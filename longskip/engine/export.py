@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -193,13 +194,7 @@ def _to_original(file: TensorFile, spec: UViTSpec, names: dict[str, str], left_o
     convert.refuse_others(found, convert.our_shapes(spec), str(file.path))
     shapes = convert.original_shapes(spec)
     return [
-        _entry(
-            file,
-            prefix + ours,
-            theirs,
-            shapes[theirs],
-            lambda value, name=ours: convert.value_to_original(name, value, spec),
-        )
+        _entry(file, prefix + ours, theirs, shapes[theirs], partial(convert.value_to_original, ours, spec=spec))
         for ours, theirs in names.items()
     ]
 
@@ -208,12 +203,9 @@ def _to_ours(file: TensorFile, spec: UViTSpec, names: dict[str, str]) -> list[En
     convert.refuse_others(file.shapes, convert.original_shapes(spec), str(file.path))
     shapes = convert.our_shapes(spec)
     return [
-        _entry(
-            file, theirs, f"backbone.{ours}", shapes[ours],
-            lambda value, name=ours: convert.value_from_original(name, value, spec),
-        )
+        _entry(file, theirs, f"backbone.{ours}", shapes[ours], partial(convert.value_from_original, ours, spec=spec))
         for ours, theirs in names.items()
-    ]  # fmt: skip
+    ]
 
 
 def _entry(

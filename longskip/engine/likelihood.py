@@ -11,13 +11,16 @@ sample; bits/dim = nats/(D·ln 2).
 p(x_{k−1}|x_k) is q's mean at x̂0 with variance β_k (or the posterior's β̃_k), so that with r = β̃_k over that variance
 KL = D/2·(r − 1 − log r) + r/2·(SNR_{k−1} − SNR_k)·‖x0 − x̂0‖².
 
-**Bound of a flow** in continuous time (2107.00630, equation 11), SNR = ((1−t)/t)², from t₀ = ``FLOW_START`` on:
+**Bound of a flow** in continuous time (2107.00630, equation 11), SNR = ((1−t)/t)², from a first time t₀ on:
 
     ½·∫ −SNR'(t)·E‖x0 − x̂0(x_t)‖² dt + E −log p(x0|x_{t₀}) = ∫ (1−t)/t³·E‖x0 − x̂0‖² dt + …;   x_1 is noise: its KL is 0
 
 **Decoder** p(x0|x at the first noise level): Gaussian about x̂0 with variance 1/SNR there ((1−ᾱ_0)/ᾱ_0 = β_0/(1−β_0));
 for pixels the probability that it gives to the pixel's interval of width 2/255, the first and last open (2006.11239,
 equation 13).
+
+**First noise level**: step 0 of a DDPM; t₀ = ``FLOW_START`` for a flow that predicts v, and ``diffusion.time_floor`` for one
+that predicts x, which training hardly weighs below it.
 
 **Probability-flow ODE** (2011.13456, section 4.3): the model's deterministic sampler carries N(0, I) to a density whose
 logarithm changes along dy/du by −∇·(dy/du). It runs between the noisiest level and the first one, where the clean sample
@@ -43,12 +46,12 @@ from torch import Tensor
 from longskip.engine.data.draws import generator
 from longskip.engine.data.reader import MicroBatch
 from longskip.engine.data.sources import Source
-from longskip.engine.diffusion import Ddpm, Flow, Objective, Predict
+from longskip.engine.diffusion import Ddpm, Objective, Predict
 from longskip.engine.inputs import Inputs
 from longskip.errors import ConfigError, DataError, LongskipError
 from longskip.kernels import backends
 
-FLOW_START = 1e-3  # the first noise level of a flow, a time
+FLOW_START = 1e-3
 EXACT_DIMS = 256  # divergence "auto" is exact up to so many values a sample
 _DIRECTIONS_AT_ONCE = 32
 _LEVEL = 2 / 255  # width of a pixel's interval in [−1, 1]
@@ -108,7 +111,8 @@ def vlb(
         predicted = predict(x_t, time.to(clean.dtype)).double()
         return objective.convert(predicted, x_t.double(), time, objective.group.prediction, "x")
 
-    levels = _DdpmLevels(objective, variance) if isinstance(objective, Ddpm) else _FlowLevels()
+    start = first_time(objective)
+    levels = _DdpmLevels(objective, variance) if isinstance(objective, Ddpm) else _FlowLevels(start)
     strata = n_times // 2
     values = torch.empty(n_times, len(clean), dtype=torch.float64)
     for draw in range(n_times):
@@ -119,9 +123,7 @@ def vlb(
     halves = values.view(strata, 2, -1)
     sampled = ((halves[:, 0] - halves[:, 1]).square().sum(0) / 4).sqrt() / strata  # of the mean over strata
 
-    first = torch.full((len(clean),), levels.first, dtype=torch.float64, device=clean.device)
-    alpha, sigma = objective.alpha_sigma(first[:1])
-    spread = float(sigma / alpha)
+    first, spread = torch.full((len(clean),), start, dtype=torch.float64, device=clean.device), noise_floor(objective)
     n_decoded = max(2, n_times // 8)
     decoded = torch.stack(
         [
@@ -187,10 +189,16 @@ def ode_log_likelihood(
     return Estimate(nats, error, dims, evaluations)
 
 
+def first_time(objective: Objective) -> float:
+    """The time of the first noise level."""
+    if isinstance(objective, Ddpm):
+        return 0.0
+    return objective.group.time_floor if objective.group.prediction == "x" else FLOW_START
+
+
 def noise_floor(objective: Objective) -> float:
     """σ/α at the first noise level, below which the likelihood does not look."""
-    first = torch.tensor([0.0 if isinstance(objective, Ddpm) else FLOW_START], dtype=torch.float64)
-    alpha, sigma = objective.alpha_sigma(first)
+    alpha, sigma = objective.alpha_sigma(torch.tensor([first_time(objective)], dtype=torch.float64))
     return float(sigma / alpha)
 
 
@@ -216,15 +224,17 @@ def decoder_nats(clean: Tensor, mean: Tensor, spread: float, *, pixels: bool) ->
 
 
 class _FlowLevels:
-    """Times of the flow's integral, drawn evenly in log t between ``FLOW_START`` and 1."""
+    """Times of the flow's integral, drawn evenly in log t between ``start`` and 1."""
 
-    first = FLOW_START
     constant = 0.0
+
+    def __init__(self, start: float) -> None:
+        self.start = start
 
     def at(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Uniform numbers (B,) in (0, 1) → times and what ‖x0 − x̂0‖² there weighs, ½·(−SNR') over the density of t."""
-        t = FLOW_START ** (1 - uniform)
-        return t, (1 - t) / t.square() * -math.log(FLOW_START)
+        t = self.start ** (1 - uniform)
+        return t, (1 - t) / t.square() * -math.log(self.start)
 
     def prior_nats(self, clean: Tensor) -> Tensor:
         return torch.zeros(len(clean), dtype=torch.float64)
@@ -232,8 +242,6 @@ class _FlowLevels:
 
 class _DdpmLevels:
     """Steps of a DDPM's sum, drawn in proportion to how much log SNR falls over them."""
-
-    first = 0.0
 
     def __init__(self, objective: Ddpm, variance: Variance) -> None:
         if variance not in ("beta", "posterior"):
@@ -281,7 +289,8 @@ def _flow_path(objective: Objective, predict: Predict) -> _Path:
         time = y.new_full((len(y),), u)
         return objective.convert(predict(y, time), y, time, objective.group.prediction, "v")
 
-    return _Path(FLOW_START, 1.0, velocity, 1 - FLOW_START, 1.0)
+    start = first_time(objective)
+    return _Path(start, 1.0, velocity, 1 - start, 1.0)
 
 
 def _ddpm_path(objective: Ddpm, predict: Predict) -> _Path:
@@ -333,10 +342,11 @@ def _with_divergence(
     """f(y) and its divergence (1, B), or d·∂f·d for each of ``directions`` (n, B, ...): (n, B)."""
 
     def along(direction: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.func.jvp(function, (y,), (direction,))
+        slope, tangent = torch.func.jvp(function, (y,), (direction,))[:2]
+        return slope, tangent
 
     def derivatives(part: Tensor) -> tuple[Tensor, Tensor]:
-        slope, tangents = torch.func.vmap(along, out_dims=(None, 0))(part)
+        slope, tangents = torch.func.vmap(along, out_dims=(None, 0))(part)  # type: ignore[arg-type]
         return slope, (part * tangents).double().flatten(2).sum(2)
 
     if directions is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -35,8 +36,9 @@ def step(
     from longskip.engine.bench_step import bench_step, to_markdown
 
     result = bench_step(
-        preset, depth=depth, width=width, batch=batch, ranks=ranks, steps=steps, repeats=repeats, seed=seed
-    )
+        preset, depth=depth, width=width, batch=batch, ranks=ranks, steps=steps, repeats=repeats, seed=seed,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )  # fmt: skip
     text = to_markdown(result)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -9,9 +9,11 @@ from typing import Annotated
 import typer
 
 from longskip.errors import ConfigError
+from longskip.launcher.cli_encode import encode
 from longskip.launcher.progress import counting
 
-app = typer.Typer(help="Make, pack, index, check and look at sets of captioned pictures.", no_args_is_help=True)
+app = typer.Typer(help="Make, pack, encode, check and look at sets of captioned pictures.", no_args_is_help=True)
+app.command()(encode)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object, for machines")]
 PathArgument = Annotated[Path, typer.Argument(metavar="DATA", help="a folder of shards, or of pictures with captions")]

@@ -123,8 +123,8 @@ def _non_finite(config: object, run: Path) -> None:
     job = prepare(config, run, world)  # type: ignore[arg-type]
     before = {item.name: job.shards.tensor(item, "weight").clone() for item in job.shards.slices}
     if world.rank == 1:
-        loss, job.flow = job.flow.loss, job.flow  # one rank's loss turns NaN
-        object.__setattr__(job.flow, "loss", lambda *a: loss(*a) * float("nan"))
+        loss = job.objective.loss  # one rank's loss turns NaN
+        object.__setattr__(job.objective, "loss", lambda *a: loss(*a) * float("nan"))
     with pytest.raises(NonFiniteLossError, match="loss is not finite"):
         fit(job)
     for item in job.shards.slices:

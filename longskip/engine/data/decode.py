@@ -27,6 +27,7 @@ _DAMAGE = (
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _ORIENTED = ("exif", "Raw profile type exif")
 _ORIENTATION = 0x0112
+_SIDEWAYS = (5, 6, 7, 8)
 
 
 def _open(data: bytes) -> Image.Image:
@@ -49,6 +50,17 @@ def picture_size(data: bytes) -> tuple[int, int]:
     """(width, height) in pixels from the header alone, before EXIF orientation. Raises ``BadSampleError``."""
     with _open(data) as image:
         return image.size
+
+
+def upright_size(data: bytes) -> tuple[int, int]:
+    """(height, width) in pixels from the header alone, as seen: EXIF orientation applied. Raises ``BadSampleError``."""
+    with _open(data) as image:
+        width, height = image.size
+        try:
+            sideways = _oriented(image) and image.getexif().get(_ORIENTATION, 1) in _SIDEWAYS
+        except _DAMAGE:
+            sideways = False
+    return (width, height) if sideways else (height, width)
 
 
 def decode_image(

@@ -37,3 +37,26 @@ def generator(seed: int, epoch: int, sample: int, purpose: str) -> np.random.Gen
         raise ValueError(f"epoch {epoch} and sample {sample} must lie in [0, 2**64)")
     counter = np.array([0, 0, sample, epoch], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=_key(seed, purpose), counter=counter))
+
+
+class Draws:
+    """``generator`` for many samples of one (seed, purpose): one generator that is moved, the same numbers in 1 µs.
+
+    Not for several threads.
+    """
+
+    def __init__(self, seed: int, purpose: str) -> None:
+        self._philox = np.random.Philox(key=_key(seed, purpose))
+        self._generator = np.random.Generator(self._philox)
+        self._state = self._philox.state  # at the start of a stream, nothing buffered
+        self._counter = np.zeros(4, dtype=np.uint64)
+        self._state["state"]["counter"] = self._counter
+
+    def of(self, epoch: int, sample: int) -> np.random.Generator:
+        """The generator at the start of this sample's stream; good until the next call. Raises ``ValueError`` as above."""
+        if not (0 <= epoch < _LIMIT and 0 <= sample < _LIMIT):
+            raise ValueError(f"epoch {epoch} and sample {sample} must lie in [0, 2**64)")
+        self._counter[2] = sample
+        self._counter[3] = epoch
+        self._philox.state = self._state
+        return self._generator

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from longskip.engine.data.decode import picture_size
+from longskip.engine.data.npy import MAX_HEADER, header_of
 from longskip.errors import BadSampleError, ShardError
 
 VERSION = 1
@@ -35,8 +36,6 @@ KINDS = ("image", "txt", "json", *DERIVED)
 SEEN = ("image", "latent.npy")
 """What a model can be shown: a shard holds at least one of these kinds."""
 REFUSED = frozenset({"pyd", "pkl", "pickle", "pth", "pt", "ckpt", "joblib", "dill"})
-
-MAX_NPY_HEADER = 1 << 12
 
 _BLOCK = 512
 _END = 2 * _BLOCK
@@ -243,14 +242,11 @@ def index_shard(path: Path, file: str | None = None) -> tuple[ShardEntry, np.nda
 
 def _latent_size(data: mmap.mmap, offset: int, length: int) -> tuple[int, int]:
     """(height, width) of a latent (C, h, w) from its ``.npy`` header; (0, 0) where that cannot be read."""
-    stream = io.BytesIO(data[offset : offset + min(length, MAX_NPY_HEADER)])
     try:
-        version = np.lib.format.read_magic(stream)
-        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape = reader(stream)[0]
-    except (ValueError, EOFError):
+        shape = header_of(data[offset : offset + min(length, MAX_HEADER)]).shape
+    except BadSampleError:
         return 0, 0  # the reader meets it again and reports it with the sample
-    return shape[1:] if len(shape) == 3 and all(0 < side < 1 << 16 for side in shape) else (0, 0)
+    return (shape[1], shape[2]) if len(shape) == 3 and max(shape) < 1 << 16 else (0, 0)
 
 
 def _dtype(kinds: Iterable[str], key_bytes: int) -> np.dtype:

@@ -23,13 +23,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from longskip.engine.data.buffers import Buffers
+from longskip.engine.data.captions import Captions
 from longskip.engine.data.decode import MAX_PIXELS, decode_image
-from longskip.engine.data.draws import generator
+from longskip.engine.data.draws import Draws
+from longskip.engine.data.features import FeatureBatch, FeatureLayout
 from longskip.engine.data.plan import Cursor, Plan
-from longskip.engine.data.sources import Captions, Source
+from longskip.engine.data.sources import Source
 from longskip.engine.data.tokens import Vocabulary
 from longskip.engine.signals import ASKING
-from longskip.errors import BadSampleError, ConfigError, DataError, LongskipError
+from longskip.errors import BadSampleError, ConfigError, DataError, EncoderError, LongskipError
 
 Coordinates = tuple[np.ndarray, np.ndarray]
 
@@ -75,9 +78,14 @@ class MicroBatch:
 class Assembler:
     """Coordinates → ``MicroBatch``, a pure function of its fields and the source's bytes; what workers run.
 
-    Without a ``vocabulary`` captions are handed on as they are. ``resolution`` and ``latent_shape`` are (H, W) and (C, H, W); ``crop`` is ``"centre"`` or ``"random"``; ``flip``
-    mirrors half of the samples. A caption past ``n_txt`` tokens makes a bad sample (``text_too_long``) when
-    ``too_long`` is ``"error"``, and is cut when it is ``"truncate"``. Raises ``ConfigError`` for impossible settings.
+    ``resolution`` and ``latent_shape`` are (H, W) in pixels and the model's (C, H, W). Where the source holds latents
+    they are read as stored, unless the model's input is pixels and there are pictures. Without a ``vocabulary`` stored
+    text features are read where ``n_txt`` is above 0, and captions are handed on as they are. ``crop`` is ``"centre"``
+    or ``"random"``; ``flip`` mirrors half of the samples; neither applies to latents. A caption past ``n_txt`` tokens
+    makes a bad sample (``text_too_long``) when ``too_long`` is ``"error"``, and is cut when it is ``"truncate"``.
+
+    Raises ``ConfigError`` for impossible settings (``EncoderError`` for stored features of other shapes) and
+    ``ShardError`` for features that contradict their index.
     """
 
     source: Source
@@ -91,6 +99,9 @@ class Assembler:
     too_long: Literal["error", "truncate"] = "error"
     latent_shape: tuple[int, int, int] | None = None
     max_pixels: int = MAX_PIXELS
+    features: FeatureLayout | None = field(init=False, default=None)
+    _empty: tuple[np.ndarray, np.ndarray] | None = field(init=False, default=None, repr=False)
+    _buffers: Buffers = field(init=False, default_factory=Buffers, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.resolution) != 2 or min(self.resolution) < 1:
@@ -103,83 +114,183 @@ class Assembler:
             raise ConfigError(f"crop {self.crop!r}; it is 'centre' or 'random'")
         if self.too_long not in ("error", "truncate"):
             raise ConfigError(f"too_long {self.too_long!r}; it is 'error' or 'truncate'")
+        layout = self.source.features
+        if layout is None or (self.latent_shape == (3, *self.resolution) and layout.pictures):
+            return
+        object.__setattr__(self, "features", layout)
+        if self.latent_shape not in (None, layout.latent):
+            raise EncoderError(
+                f"the data hold latents of the shape {layout.latent}, the model takes {self.latent_shape}",
+                cure="encode the pictures for this model (longskip data encode), or set model.resolution and "
+                "encoders.vae as they were then",
+            )
+        if self._reads_text and layout.text is not None:
+            if layout.text[0] != self.n_txt:
+                raise EncoderError(
+                    f"the data hold text features of {layout.text[0]} tokens, the model takes {self.n_txt}",
+                    cure=f"set encoders.text.n_tokens to {layout.text[0]}, or encode the captions again",
+                )
+            if self.caption_dropout > 0.0:
+                object.__setattr__(self, "_empty", self._empty_text(layout))
+
+    @property
+    def _reads_text(self) -> bool:
+        return self.vocabulary is None and self.n_txt > 0
+
+    def _empty_text(self, layout: FeatureLayout) -> tuple[np.ndarray, np.ndarray]:
+        text, mask = self.source.empty_text
+        if text.shape != layout.text or text.dtype != layout.text_dtype:
+            raise EncoderError(
+                f"the empty caption's features are {text.dtype} {text.shape}, "
+                f"the captions' {layout.text_dtype} {layout.text}",
+                cure="encode the captions again: longskip data encode",
+            )
+        return text, mask
 
     def assemble(self, epochs: Sequence[int] | np.ndarray, samples: Sequence[int] | np.ndarray) -> MicroBatch:
         """The micro-batch of (epoch, sample) pairs. Raises ``ShardError`` where the source stops at damage."""
-        count = len(samples)
-        height, width = self.resolution
-        bytes_ = np.zeros((count, height, width, 3), dtype=np.uint8)
-        tokens = np.zeros((count, self.n_txt), dtype=np.int64)
-        captions = [""] * count
-        dropped = np.zeros(count, dtype=bool)
-        times = np.empty(count, dtype=np.float32)
-        noise = np.empty((count, *(self.latent_shape or (3, height, width))), dtype=np.float32)
-        weight = np.ones(count, dtype=np.float32)
-        keys: list[str] = []
-        bad: list[dict[str, Any]] = []
-        pairs = zip(np.asarray(epochs).tolist(), np.asarray(samples).tolist(), strict=True)
-        for i, (epoch, sample) in enumerate(pairs):
-            generator(self.seed, epoch, sample, "noise").standard_normal(out=noise[i], dtype=np.float32)
-            times[i] = generator(self.seed, epoch, sample, "time").standard_normal()
-            try:
-                key, bytes_[i], captions[i], dropped[i] = self._one(epoch, sample, tokens[i])
-            except BadSampleError as error:
-                key = self.source.key(sample)
-                weight[i] = 0.0
-                bad.append({"key": key, "sample": sample, "reason": error.reason, "detail": str(error)})
-            keys.append(key)
-        pixels = np.empty((count, 3, height, width), dtype=np.float32)
-        np.multiply(bytes_.transpose(0, 3, 1, 2), np.float32(1 / 127.5), out=pixels)
-        pixels -= np.float32(1.0)
-        pixels[weight == 0.0] = 0.0
+        epochs, samples = np.asarray(epochs, dtype=np.int64), np.asarray(samples, dtype=np.int64)
+        if epochs.shape != samples.shape or samples.ndim != 1:
+            raise ValueError(f"epochs {epochs.shape} and samples {samples.shape} must be two lists of one length")
+        content = self._pictures(epochs, samples) if self.features is None else self._features(epochs, samples)
+        shape = self.latent_shape or tuple(content.clean.shape[1:])
+        times, noise = self._draws(epochs, samples, shape)
+        weight = np.ones(len(samples), dtype=np.float32)
+        weight[[*content.bad]] = 0.0
         return MicroBatch(
-            clean=torch.from_numpy(pixels),
-            conditions={} if self.vocabulary is None else {"tokens": torch.from_numpy(tokens)},
-            dropped=torch.from_numpy(dropped),
-            time_normal=torch.from_numpy(times),
-            noise=torch.from_numpy(noise),
+            clean=content.clean,
+            conditions=content.conditions,
+            dropped=torch.from_numpy(content.dropped),
+            time_normal=times,
+            noise=noise,
             weight=torch.from_numpy(weight),
-            samples=torch.tensor(np.asarray(samples), dtype=torch.int64),
-            epochs=torch.tensor(np.asarray(epochs), dtype=torch.int64),
-            keys=tuple(keys),
-            captions=tuple(captions),
-            bad=bad,
+            samples=torch.from_numpy(samples.copy()),
+            epochs=torch.from_numpy(epochs.copy()),
+            keys=tuple(content.keys),
+            captions=tuple(content.captions),
+            bad=[
+                {"key": content.keys[i], "sample": int(samples[i]), "reason": error.reason, "detail": str(error)}
+                for i, error in sorted(content.bad.items())
+            ],
         )
 
-    def _one(self, epoch: int, sample: int, tokens: np.ndarray) -> tuple[str, np.ndarray, str, bool]:
-        """Key, picture, caption and whether it was dropped of one sample; its ids are written into ``tokens``."""
-        raw = self.source.read(sample)
-        text = self._caption(raw.captions, epoch, sample)
-        # The caption is encoded even where dropout takes it, so that a bad one is bad in every epoch.
-        ids = self._ids(text)
-        dropped = False
-        if self.caption_dropout > 0.0:
-            dropped = bool(generator(self.seed, epoch, sample, "dropout").random() < self.caption_dropout)
-            if dropped:
-                text, ids = "", self._ids("")
-        flip = self.flip and bool(generator(self.seed, epoch, sample, "flip").random() < 0.5)
-        crop = None
-        if self.crop == "random":
-            y, x = generator(self.seed, epoch, sample, "crop").random(2).tolist()
-            crop = (y, x)
-        picture = decode_image(raw.image, resolution=self.resolution, max_pixels=self.max_pixels, flip=flip, crop=crop)
-        tokens[:] = ids
-        return raw.key, picture, text, dropped
+    def _draws(
+        self, epochs: np.ndarray, samples: np.ndarray, shape: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``time_normal`` (m,) and ``noise`` (m, *shape), standard normal, float32."""
+        times = np.empty(len(samples), dtype=np.float32)
+        tensor, noise = self._buffers.tensor((len(samples), *shape), np.float32)
+        for_noise, for_time = Draws(self.seed, "noise"), Draws(self.seed, "time")
+        for i, (epoch, sample) in enumerate(zip(epochs.tolist(), samples.tolist(), strict=True)):
+            for_noise.of(epoch, sample).standard_normal(out=noise[i], dtype=np.float32)
+            times[i] = for_time.of(epoch, sample).standard_normal()
+        return torch.from_numpy(times), tensor
+
+    def _features(self, epochs: np.ndarray, samples: np.ndarray) -> _Content:
+        """Latents as stored, and text features or tokens."""
+        layout = self.features
+        assert layout is not None
+        count = len(samples)
+        clean, latents = self._buffers.tensor((count, *layout.latent), layout.latent_dtype)
+        into = FeatureBatch(latents, None, None, [""] * count, [""] * count)
+        content = _Content(clean, {}, into.keys, into.captions, np.zeros(count, dtype=bool), into.bad)
+        if self._reads_text and layout.text is not None:
+            content.conditions["text"], into.text = self._buffers.tensor((count, *layout.text), layout.text_dtype)
+            into.mask = np.empty((count, self.n_txt), dtype=np.uint8)
+        draws = Draws(self.seed, "caption")
+
+        def choose(slot: int, captions: Captions) -> int:
+            return weighted_choice(captions, draws, int(epochs[slot]), int(samples[slot]))
+
+        self.source.read_features(range(count), samples, into, choose)
+        self._tell(epochs, samples, content)
+        for slot in np.flatnonzero(content.dropped):
+            if into.text is not None and into.mask is not None and self._empty is not None:
+                into.text[slot], into.mask[slot] = self._empty
+        for array in (latents, into.text, into.mask):
+            if array is not None:
+                array[[*into.bad]] = 0
+        if into.mask is not None:
+            content.conditions["text_mask"] = torch.from_numpy(into.mask.view(bool))
+        return content
+
+    def _pictures(self, epochs: np.ndarray, samples: np.ndarray) -> _Content:
+        """Decoded pictures, and tokens."""
+        count, (height, width) = len(samples), self.resolution
+        clean, pixels = self._buffers.tensor((count, 3, height, width), np.float32)
+        content = _Content(clean, {}, [""] * count, [""] * count, np.zeros(count, dtype=bool), {})
+        draws = {purpose: Draws(self.seed, purpose) for purpose in ("caption", "flip", "crop")}
+        for i, (epoch, sample) in enumerate(zip(epochs.tolist(), samples.tolist(), strict=True)):
+            try:
+                raw = self.source.read(sample)
+                content.keys[i] = raw.key
+                content.captions[i] = raw.captions[weighted_choice(raw.captions, draws["caption"], epoch, sample)][0]
+                flip = self.flip and bool(draws["flip"].of(epoch, sample).random() < 0.5)
+                crop = None
+                if self.crop == "random":
+                    y, x = draws["crop"].of(epoch, sample).random(2).tolist()
+                    crop = (y, x)
+                picture = decode_image(
+                    raw.image, resolution=self.resolution, max_pixels=self.max_pixels, flip=flip, crop=crop
+                )
+                np.multiply(picture.transpose(2, 0, 1), np.float32(1 / 127.5), out=pixels[i])
+            except BadSampleError as error:
+                content.keys[i] = self.source.key(sample)
+                content.bad[i] = error
+        pixels -= np.float32(1.0)
+        self._tell(epochs, samples, content)
+        pixels[[*content.bad]] = 0.0
+        return content
+
+    def _tell(self, epochs: np.ndarray, samples: np.ndarray, content: _Content) -> None:
+        """Dropout, and the tokens of the captions that are left; bad samples lose theirs."""
+        tokens = None if self.vocabulary is None else np.zeros((len(samples), self.n_txt), dtype=np.int64)
+        draws = Draws(self.seed, "dropout")
+        for i, (epoch, sample) in enumerate(zip(epochs.tolist(), samples.tolist(), strict=True)):
+            if i not in content.bad:
+                try:
+                    # The caption is encoded even where dropout takes it, so that a bad one is bad in every epoch.
+                    ids = self._ids(content.captions[i])
+                    if self.caption_dropout > 0.0 and draws.of(epoch, sample).random() < self.caption_dropout:
+                        content.dropped[i] = True
+                        content.captions[i], ids = "", self._ids("")
+                    if tokens is not None:
+                        tokens[i] = ids
+                except BadSampleError as error:
+                    content.bad[i] = error
+            if i in content.bad:
+                content.captions[i] = ""
+        if tokens is not None:
+            content.conditions["tokens"] = torch.from_numpy(tokens)
 
     def _ids(self, text: str) -> np.ndarray | int:
         if self.vocabulary is None:
             return 0
         return self.vocabulary.encode(text, self.n_txt, truncate=self.too_long == "truncate")
 
-    def _caption(self, captions: Captions, epoch: int, sample: int) -> str:
-        if len(captions) == 1:
-            return captions[0][0]
-        at = generator(self.seed, epoch, sample, "caption").random() * math.fsum(weight for _, weight in captions)
-        for text, weight in captions:
-            at -= weight
-            if at < 0:
-                return text
-        return captions[-1][0]
+
+@dataclass
+class _Content:
+    """A micro-batch without what is only drawn; ``bad`` has the error of each slot that could not be filled."""
+
+    clean: torch.Tensor
+    conditions: dict[str, torch.Tensor]
+    keys: list[str]
+    captions: list[str]
+    dropped: np.ndarray
+    bad: dict[int, BadSampleError]
+
+
+def weighted_choice(captions: Captions, draws: Draws, epoch: int, sample: int) -> int:
+    """Which caption a sample takes in an epoch, by the weights' shares; one alone needs no draw."""
+    if len(captions) == 1:
+        return 0
+    at = draws.of(epoch, sample).random() * math.fsum(weight for _, weight in captions)
+    for i, (_, weight) in enumerate(captions):
+        at -= weight
+        if at < 0:
+            return i
+    return len(captions) - 1
 
 
 class Reader:

@@ -12,7 +12,9 @@ import os
 import stat
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -20,6 +22,7 @@ import numpy as np
 
 from longskip.engine.data.captions import MAX_TEXT_BYTES, Captions, captions_of, json_record, weighted_captions
 from longskip.engine.data.crc import crc32
+from longskip.engine.data.features import Choose, FeatureBatch, FeatureLayout, layout_of, load_empty, read_features
 from longskip.engine.data.index import (
     IMAGE_EXTENSIONS,
     INDEX_NAME,
@@ -68,8 +71,15 @@ class Source(Protocol):
         ...
 
 
+class _Descriptor(int):
+    """An open file that is closed when nobody holds it: a shard that is let go may still be read by a thread."""
+
+    def __del__(self) -> None:
+        os.close(self)
+
+
 class _Kept(OrderedDict[int, Any]):
-    """The few shards last used; closes what it lets go."""
+    """The shards last used."""
 
     def take(self, shard: int) -> Any:
         value = self.get(shard)
@@ -77,17 +87,10 @@ class _Kept(OrderedDict[int, Any]):
             self.move_to_end(shard)
         return value
 
-    def __del__(self) -> None:
-        self.close()
-
     def keep(self, shard: int, value: tuple[int, np.ndarray, tuple[str, ...]]) -> None:
         self[shard] = value
         if len(self) > OPEN_SHARDS:
-            os.close(self.popitem(last=False)[1][0])
-
-    def close(self) -> None:
-        while self:
-            os.close(self.popitem()[1][0])
+            self.popitem(last=False)
 
 
 class ShardSource:
@@ -104,9 +107,11 @@ class ShardSource:
             raise DataError(f"on_damage {on_damage!r}; it is 'stop' or 'skip'")
         self.index = index if isinstance(index, Index) else load_index(index, check=check)
         self.on_damage = on_damage
-        self._ends = np.cumsum([shard.count for shard in self.index.shards], dtype=np.int64)
+        counts = np.array([shard.count for shard in self.index.shards], dtype=np.int64)
+        self._ends = np.cumsum(counts)
+        self._starts = self._ends - counts
         self._kept = _Kept()
-        self._lock = threading.Lock()  # a shard must not be closed by one thread while another reads it
+        self._lock = threading.Lock()  # of the open shards; reading needs none
         if not self.index.total:
             raise DataError(f"{self.index.folder} holds no samples", cure="pack some: longskip data pack FOLDER OUT")
 
@@ -122,23 +127,30 @@ class ShardSource:
     def close(self) -> None:
         """Closes the open shards; reading opens them again."""
         with self._lock:
-            self._kept.close()
+            self._kept.clear()
 
     def fingerprint(self) -> str:
         """SHA-256 of the index's content (files, counts, sizes, hashes)."""
         return self.index.fingerprint()
 
-    def _locate(self, i: int) -> tuple[int, int]:
-        if not 0 <= i < self._ends[-1]:
-            raise DataError(f"sample {i}; the source holds {len(self)}")
-        shard = int(np.searchsorted(self._ends, i, side="right"))
-        return shard, i - int(self._ends[shard]) + self.index.shards[shard].count
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(shards, rows in them) of samples, int64. Raises ``DataError`` for a sample that is not there."""
+        samples = np.asarray(samples, dtype=np.int64)
+        if len(samples) and not (0 <= samples.min() and samples.max() < self._ends[-1]):
+            raise DataError(f"samples {samples.min()} to {samples.max()}; the source holds {len(self)}")
+        shards = np.searchsorted(self._ends, samples, side="right")
+        return shards, samples - self._starts[shards]
+
+    def opened(self, shard: int) -> tuple[int, np.ndarray, tuple[str, ...]]:
+        """A shard's descriptor (closed when it is let go), its table and the names of the table's fields."""
+        with self._lock:
+            return self._open(shard)
 
     def _open(self, shard: int) -> tuple[int, np.ndarray, tuple[str, ...]]:
         kept = self._kept.take(shard)
         if kept is None:
             entry = self.index.shards[shard]
-            table = load_table(self.index.folder, entry)
+            table = np.asarray(load_table(self.index.folder, entry))  # numpy's memmap class is slow to index
             try:
                 descriptor = os.open(self.index.folder / entry.file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             except OSError as error:
@@ -147,24 +159,24 @@ class ShardSource:
                     f"the index expects {entry.bytes} bytes",
                     cure=f"restore it, or longskip data index {self.index.folder}",
                 ) from error
-            kept = (descriptor, table, table.dtype.names or ())
+            kept = (_Descriptor(descriptor), table, table.dtype.names or ())
             self._kept.keep(shard, kept)
         return kept
 
     def _row(self, i: int) -> tuple[int, int, dict[str, Any]]:
-        shard, row = self._locate(i)
-        descriptor, table, names = self._open(shard)
-        return shard, descriptor, dict(zip(names, table[row].item(), strict=True))
+        if not 0 <= i < self._ends[-1]:
+            raise DataError(f"sample {i}; the source holds {len(self)}")
+        shard = int(np.searchsorted(self._ends, i, side="right"))
+        descriptor, table, names = self.opened(shard)
+        return shard, descriptor, dict(zip(names, table[i - int(self._starts[shard])].item(), strict=True))
 
     def key(self, i: int) -> str:
         """The key of sample ``i``, from the table."""
-        with self._lock:
-            return self._row(i)[2]["key"].decode("utf-8", "replace")
+        return self._row(i)[2]["key"].decode("utf-8", "replace")
 
     def size(self, i: int) -> tuple[int, int]:
         """(height, width) of the stored picture in pixels; (0, 0) where its header could not be read."""
-        with self._lock:
-            row = self._row(i)[2]
+        row = self._row(i)[2]
         return row["height"], row["width"]
 
     def read(self, i: int) -> RawSample:
@@ -173,15 +185,14 @@ class ShardSource:
         Raises ``BadSampleError`` with ``image_missing``, ``image_too_large``, captions' reasons or ``shard_crc``, and
         ``ShardError`` where a shard cannot be read.
         """
-        with self._lock:
-            shard, descriptor, row = self._row(i)
-            entry = self.index.shards[shard]
-            key = row["key"].decode("utf-8", "replace")
-            image = self._member(entry, descriptor, row, "image", MAX_IMAGE_BYTES)
-            if image is None:
-                raise BadSampleError("image_missing", f"{entry.file} has no picture for {key}")
-            text = self._member(entry, descriptor, row, "txt", MAX_TEXT_BYTES)
-            extra = self._member(entry, descriptor, row, "json", MAX_TEXT_BYTES)
+        shard, descriptor, row = self._row(i)
+        entry = self.index.shards[shard]
+        key = row["key"].decode("utf-8", "replace")
+        image = self._member(entry, descriptor, row, "image", MAX_IMAGE_BYTES)
+        if image is None:
+            raise BadSampleError("image_missing", f"{entry.file} has no picture for {key}")
+        text = self._member(entry, descriptor, row, "txt", MAX_TEXT_BYTES)
+        extra = self._member(entry, descriptor, row, "json", MAX_TEXT_BYTES)
         return RawSample(key, image, captions_of(text, extra))
 
     def captions(self, i: int) -> Captions:
@@ -190,16 +201,49 @@ class ShardSource:
 
     def member(self, i: int, kind: str) -> bytes | None:
         """The bytes of a member (``latent.npy``, …) of sample ``i``, checked; None where the sample lacks it."""
-        with self._lock:
-            shard, descriptor, row = self._row(i)
-            return self._member(self.index.shards[shard], descriptor, row, kind, MAX_IMAGE_BYTES)
+        shard, descriptor, row = self._row(i)
+        return self._member(self.index.shards[shard], descriptor, row, kind, MAX_IMAGE_BYTES)
+
+    def checked(
+        self, shard: int, descriptor: int, row: dict[str, Any], kind: str, limit: int = MAX_IMAGE_BYTES
+    ) -> bytes | None:
+        """``member`` of a table's row that is at hand."""
+        return self._member(self.index.shards[shard], descriptor, row, kind, limit)
+
+    def first_with(self, kind: str) -> int:
+        """The first sample that has a member of this kind. Raises ``DataError`` where none has."""
+        for shard in range(len(self.index.shards)):
+            _, table, names = self.opened(shard)
+            if f"{kind}_size" in names:
+                rows = np.flatnonzero(table[f"{kind}_size"] >= 0)
+                if len(rows):
+                    return int(self._starts[shard] + rows[0])
+        raise DataError(f"{self.index.folder} holds no {kind}")
+
+    @cached_property
+    def features(self) -> FeatureLayout | None:
+        """The layout of the stored features; None where the shards hold none. Raises ``ShardError`` for contradictions."""
+        return layout_of(self)
+
+    def read_features(
+        self, slots: Sequence[int] | np.ndarray, samples: np.ndarray, into: FeatureBatch, choose: Choose
+    ) -> None:
+        """Reads features into the slots of a batch: see ``features.read_features``."""
+        read_features(self, slots, samples, into, choose)
+
+    @cached_property
+    def empty_text(self) -> tuple[np.ndarray, np.ndarray]:
+        """The empty caption's features (n_txt, E) and mask (n_txt) uint8. Raises ``ShardError`` as ``load_empty``."""
+        return load_empty(self.index.folder, self.index.encoders)
 
     def _member(self, entry: ShardEntry, descriptor: int, row: dict[str, Any], kind: str, limit: int) -> bytes | None:
         size = row.get(f"{kind}_size", -1)
         if size < 0:
             return None
         if size > limit:
-            reason = "image_too_large" if kind == "image" else "text_too_large"
+            reason = {"image": "image_too_large", "txt": "text_too_large", "json": "text_too_large"}.get(
+                kind, "feature_too_large"
+            )
             raise BadSampleError(reason, f"the {kind} has {size} bytes; the limit is {limit}")
         offset = row[f"{kind}_offset"]
         try:

@@ -117,6 +117,7 @@ class _PipeStream:
 
     def __init__(self, opened: Any) -> None:
         self.start = 0
+        self.opened = opened  # a pipe closes itself when it is let go
         self.program = getattr(opened, "proc", None)
         self.file = opened.stream if self.program is not None else opened
 
@@ -227,18 +228,20 @@ class Transport:
         return {}
 
     def _check_webdataset(self) -> None:
-        from webdataset import gopen  # the module
+        from webdataset.gopen import gopen_curl, gopen_schemes, rewrite_url
 
-        if self.scheme not in gopen.gopen_schemes and self.scheme != "file":
+        if self.scheme not in gopen_schemes and self.scheme != "file":
             raise ConfigError(f"webdataset opens no {self.scheme}:// URLs", cure="set data.remote: fsspec")
-        if gopen.rewrite_url(self.url).lower().lstrip().startswith("pipe:"):
+        if rewrite_url(self.url).lower().lstrip().startswith("pipe:"):
             raise ShardError(
                 f"GOPEN_REWRITE turns {shown(self.url)} into a command; pipes are never opened",
                 cure="unset GOPEN_REWRITE",
             )
-        if gopen.gopen_schemes.get(self.scheme) is gopen.gopen_curl and not shutil.which("curl"):
-            raise ConfigError("webdataset reads http(s) through curl, which is not there", cure="install curl, or "
-                              "set data.remote: fsspec")  # fmt: skip
+        if gopen_schemes.get(self.scheme) is gopen_curl and not shutil.which("curl"):
+            raise ConfigError(
+                f"webdataset reads {self.scheme}:// through curl, which is not there",
+                cure="install curl, or set data.remote: fsspec",
+            )
 
 
 class _Pump(threading.Thread):
@@ -317,15 +320,20 @@ class _Download:
             cause: Exception
             try:
                 self._attempt()
+                self._write(b"")
                 self.check()
                 return
-            except (Stopped, _WriteError) as error:
-                raise error.reason if isinstance(error, _WriteError) else error from error.__cause__
+            except Stopped:
+                raise
+            except _WriteError as error:
+                raise error.reason from error.__cause__
             except ShardError as error:  # all of it came, and it is wrong
                 self.at = 0
                 cause = error
             except Exception as error:  # transports raise what their libraries raise
                 cause = error
+                if getattr(error, "status", None) == 416:
+                    self.at = 0
             pause = min(patience.longest_pause, patience.pause * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
             late = time.monotonic() + pause >= self.deadline
             if late or attempt == patience.attempts or _for_good(cause):
@@ -335,12 +343,14 @@ class _Download:
 
     def _attempt(self) -> None:
         """Goes on from what is written. Raises whatever goes wrong."""
+        if self.at == self.size:
+            return
         pump = _Pump(lambda: self.transport.open(self.url, self.at))
         pump.start()
         try:
             self.at = self._next(pump)
             self._write(None)
-            while chunk := self._next(pump):
+            while self.at != self.size and (chunk := self._next(pump)):
                 if self.at + len(chunk) > self.limit:
                     raise ShardError(f"more than the {self.limit} bytes that it may have")
                 self._write(chunk)
@@ -356,7 +366,7 @@ class _Download:
         return pump.take(min(left, self.transport.patience.silence), self.stop)
 
     def _write(self, chunk: bytes | None) -> None:
-        """Writes a chunk where the last one ended; None goes there first."""
+        """Writes a chunk where the last one ended; None goes there first, an empty one is the end."""
         try:
             if chunk is None:
                 self.into.seek(self.at)
@@ -364,6 +374,8 @@ class _Download:
                     self.into.truncate()
                 return
             self.into.write(chunk)
+            if not chunk:
+                self.into.flush()
         except OSError as error:
             raise _WriteError(
                 DataError(

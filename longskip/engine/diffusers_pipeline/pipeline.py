@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
@@ -100,14 +100,11 @@ class UViTPipeline(DiffusionPipeline):
         elif tuple(latents.shape) != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}, not {shape}")
         x = latents.to(device, torch.float32)
-        told = self.encode_prompt(prompts)
-        guided = guidance_scale != 1.0 and told[0] is not None
-        if guided:  # one pass over both: the prompts, then the empty one
-            empty = self.encode_prompt([""] * len(prompts))
-            told = tuple(None if a is None else torch.cat((a, b)) for a, b in zip(told, empty, strict=True))
-
-        for step in self.progress_bar(self._timesteps(num_inference_steps, device)):
-            time = torch.full((x.shape[0],), float(step) / self.scheduler.config.num_train_timesteps, device=device)
+        guided = guidance_scale != 1.0 and config.n_txt > 0  # one pass over both: the prompts, then the empty one
+        told = self.encode_prompt(prompts + [""] * len(prompts) if guided else prompts)
+        scheduler, steps = self._schedule(num_inference_steps, device)
+        for step, now in self.progress_bar(steps):
+            time = torch.full((x.shape[0],), now, device=device)
             both = 2 if guided else 1
             out = self.transformer(torch.cat([x] * both), torch.cat([time] * both), *told)
             if guided:
@@ -115,19 +112,32 @@ class UViTPipeline(DiffusionPipeline):
                 out = unconditional + guidance_scale * (conditional - unconditional)
             if self.config.objective == "flow" and self.config.prediction == "x":
                 out = (x - out) / time.view(-1, 1, 1, 1)  # the velocity that the scheduler's step takes
-            x = self.scheduler.step(out, step, x, return_dict=False)[0]
+            x = scheduler.step(out, step, x, return_dict=False)[0]
 
         images = x if output_type == "latent" else self._decode(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _timesteps(self, steps: int, device: torch.device) -> Tensor:
+    def _schedule(self, steps: int, device: torch.device) -> tuple[Any, list[tuple[Tensor, float]]]:
+        """The scheduler, set, with its time steps and the time in [0, 1] that the model is given at each."""
+        scheduler, total = self.scheduler, self.scheduler.config.num_train_timesteps
         if self.config.objective == "flow":
             # Equal steps from 1 to 0, which the scheduler shifts; its own default ends at 1/1000.
-            self.scheduler.set_timesteps(sigmas=[1.0 - i / steps for i in range(steps)], device=device)
+            scheduler.set_timesteps(sigmas=[1.0 - i / steps for i in range(steps)], device=device)
+        elif isinstance(scheduler, DDIMScheduler) and total % steps and steps < total:
+            # It would go back ⌊total/steps⌋ each time and miss the step that it visits next; given the visited steps as
+            # a schedule of their own, of which every step is made, it does not.
+            visited = [round(total * (i + 1) / steps) - 1 for i in range(steps)]
+            kept = scheduler.alphas_cumprod.double()[visited]
+            betas = 1 - kept / torch.cat([torch.ones(1, dtype=kept.dtype), kept[:-1]])
+            own = DDIMScheduler.from_config(
+                scheduler.config, num_train_timesteps=steps, trained_betas=betas.tolist(), timestep_spacing="trailing"
+            )
+            own.set_timesteps(steps, device=device)
+            return own, [(step, k / total) for step, k in zip(own.timesteps, reversed(visited), strict=True)]
         else:
-            self.scheduler.set_timesteps(steps, device=device)
-        return self.scheduler.timesteps
+            scheduler.set_timesteps(steps, device=device)
+        return scheduler, [(step, float(step) / total) for step in scheduler.timesteps]
 
     def _decode(self, x: Tensor, output_type: str) -> Any:
         if self.vae is not None:

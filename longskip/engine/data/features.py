@@ -1,0 +1,335 @@
+"""Stored features of a batch: latents, text features and masks, read straight into the batch's arrays.
+
+Shards hold them as ``KEY.latent.npy`` (C, h, w), ``KEY.text.npy`` (captions, n_txt, E) or (n_txt, E) and
+``KEY.mask.npy``. A sample's members lie side by side, so one system call reads them, each into its own place; whatever
+is unusual about a sample (several captions, another order, damage) is read again with care, and reported from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from longskip.engine.data.captions import MAX_TEXT_BYTES, Captions, captions_of
+from longskip.engine.data.crc import crc32
+from longskip.engine.data.npy import STORED, array_of, header_of
+from longskip.errors import BadSampleError, ShardError
+
+if TYPE_CHECKING:
+    from longskip.engine.data.sources import ShardSource
+
+LATENT, TEXT, MASK = "latent.npy", "text.npy", "mask.npy"
+EMPTY_NAME = "empty.safetensors"
+MAX_FEATURE_BYTES = 1 << 28
+
+_HEAD = 128  # numpy's header of any array this small
+_GAP = 1 << 13  # bytes between members that are read along: tar headers, padding
+_ASIDE = 1 << 16
+
+Choose = Callable[[int, Captions], int]
+
+
+@dataclass(frozen=True)
+class FeatureLayout:
+    """What a sample's features look like: the latent's (C, h, w) and dtype, the text's (n_txt, E) and dtype or None.
+
+    Where latents come in several sizes (buckets), h and w are those of the first sample.
+    """
+
+    latent: tuple[int, int, int]
+    latent_dtype: np.dtype
+    text: tuple[int, int] | None = None
+    text_dtype: np.dtype | None = None
+
+
+@dataclass
+class FeatureBatch:
+    """Where m samples are read to, slot by slot; ``bad`` has the error of each slot that could not be filled.
+
+    ``text`` and ``mask`` are None where stored text features are not wanted. ``captions`` are those chosen.
+    """
+
+    latents: np.ndarray  # (m, C, h, w) fp16 or fp32
+    text: np.ndarray | None  # (m, n_txt, E) fp16 or fp32
+    mask: np.ndarray | None  # (m, n_txt) uint8
+    keys: list[str]
+    captions: list[str]
+    bad: dict[int, BadSampleError] = field(default_factory=dict)
+
+
+def layout_of(source: ShardSource) -> FeatureLayout | None:
+    """The layout of a source's features, from the first sample that has any; None where the shards hold no latents.
+
+    Raises ``ShardError`` where only some shards hold them, where text features lack masks, and where what lies there
+    is not what ``index.json`` says of it.
+    """
+    index = source.index
+    counts = {kind: [shard.members.get(kind, 0) for shard in index.shards] for kind in (LATENT, TEXT, MASK)}
+    if not any(counts[LATENT]):
+        return None
+    for kind in (LATENT, TEXT, MASK):
+        if any(counts[kind]) and not all(counts[kind]):
+            without = index.shards[counts[kind].index(0)].file
+            raise ShardError(
+                f"{index.folder / without} holds no {kind}, other shards do", cure="encode all shards alike"
+            )
+    if any(counts[TEXT]) != any(counts[MASK]):
+        raise ShardError(f"{index.folder} holds text features or masks without the other", cure="encode it again")
+    latent = _probe(source, LATENT, "vae", 3)
+    if not any(counts[TEXT]):
+        return FeatureLayout(latent.shape, latent.dtype)  # type: ignore[arg-type]
+    text = _probe(source, TEXT, "text", 2, 3)
+    return FeatureLayout(latent.shape, latent.dtype, text.shape[-2:], text.dtype)  # type: ignore[arg-type]
+
+
+def _probe(source: ShardSource, kind: str, part: str, *axes: int) -> np.ndarray:
+    """The first array of a kind, checked against what the index says of the encoder's part."""
+    where = f"{source.index.folder / source.index.shards[0].file}: the first {kind}"
+    cure = "encode the pictures again: longskip data encode"
+    sample = source.first_with(kind)
+    try:
+        data = source.member(sample, kind)
+        array = array_of(data or b"")
+    except BadSampleError as error:
+        raise ShardError(f"{where} ({source.key(sample)}) cannot be used: {error.message}", cure=cure) from error
+    if array.ndim not in axes or array.dtype not in (STORED["fp16"], STORED["fp32"]) or 0 in array.shape:
+        raise ShardError(
+            f"{where} is {array.dtype} {array.shape}, expected fp16 or fp32 of {' or '.join(map(str, axes))} axes",
+            cure=cure,
+        )
+    said: Any = source.index.encoders.get(part)
+    if isinstance(said, dict):
+        found: dict[str, Any] = {"dtype": next(name for name, dtype in STORED.items() if dtype == array.dtype)}
+        if part == "text":
+            found |= {"n_tokens": array.shape[-2], "width": array.shape[-1]}
+        else:
+            found["channels"] = array.shape[0]
+            if not said.get("buckets") and isinstance(said.get("resolution"), list) and said.get("factor"):
+                found["resolution"] = [side * said["factor"] for side in array.shape[1:]]
+        for name, value in found.items():
+            if name in said and said[name] != value:
+                raise ShardError(
+                    f"{where} has {name} {value}, index.json says encoders.{part}.{name} {said[name]}", cure=cure
+                )
+    return array
+
+
+class _Wanted(NamedTuple):
+    """A kind of member that goes into an array of the batch: one row of ``stride`` bytes per slot."""
+
+    kind: str
+    rows: memoryview
+    stride: int
+    dtype: np.dtype
+    shapes: tuple[tuple[int, ...], ...]
+
+
+@lru_cache(maxsize=256)
+def _fits(head: bytes, dtype: np.dtype, shapes: tuple[tuple[int, ...], ...]) -> bool:
+    try:
+        header = header_of(head)
+    except BadSampleError:
+        return False
+    return header.offset == len(head) and header.dtype == dtype and header.shape in shapes
+
+
+def _wanted(kind: str, array: np.ndarray, *, captions: bool) -> _Wanted:
+    shape = array.shape[1:]
+    rows = memoryview(array.reshape(-1)).cast("B")
+    return _Wanted(kind, rows, array[0].nbytes, array.dtype, (shape, (1, *shape)) if captions else (shape,))
+
+
+def read_features(
+    source: ShardSource, slots: Sequence[int] | np.ndarray, samples: np.ndarray, into: FeatureBatch, choose: Choose
+) -> None:
+    """Fills the ``slots`` of ``into`` with ``samples``; ``choose(slot, captions)`` says which caption a sample takes.
+
+    Every member's crc32 is checked. Bad samples are noted with the reasons ``latent_missing``, ``text_missing``,
+    ``mask_missing``, ``latent_shape``, ``text_shape``, ``mask_shape``, ``mask_values``, ``feature_dtype``,
+    ``feature_format``, ``feature_too_large``, captions' reasons, and ``shard_crc`` where the source skips damage;
+    their slots are left with any content. Raises ``ShardError`` where the source stops at damage.
+    """
+    batch = _Batch(source, into, choose)
+    order = np.argsort(samples, kind="stable")  # a shard's samples together, in the order of the file
+    shards, rows = source.locate(samples[order])
+    chosen = np.asarray(slots)[order].tolist()
+    starts = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(order)]
+    for start, stop in zip(starts, starts[1:], strict=False):
+        if start < stop:
+            batch.read(int(shards[start]), rows[start:stop], chosen[start:stop])
+    if into.mask is not None:
+        for slot in np.flatnonzero(into.mask.max(axis=1, initial=0) > 1).tolist():
+            if slot in slots and slot not in into.bad:
+                into.bad[slot] = BadSampleError("mask_values", f"the mask of {into.keys[slot]} has values above 1")
+
+
+class _Batch:
+    """One call of ``read_features``."""
+
+    def __init__(self, source: ShardSource, into: FeatureBatch, choose: Choose) -> None:
+        self.source, self.into, self.choose = source, into, choose
+        self.wanted = {LATENT: _wanted(LATENT, into.latents, captions=False)}
+        if into.text is not None and into.mask is not None:
+            self.wanted[TEXT] = _wanted(TEXT, into.text, captions=True)
+            self.wanted[MASK] = _wanted(MASK, into.mask, captions=True)
+        self.aside = memoryview(bytearray(_ASIDE))
+
+    def read(self, shard: int, rows: np.ndarray, slots: Sequence[int]) -> None:
+        into = self.into
+        descriptor, table, names = self.source.opened(shard)
+        records = table[rows].tolist()
+        places = {kind: names.index(f"{kind}_offset") for kind in self.wanted if f"{kind}_offset" in names}
+        texts = {kind: names.index(f"{kind}_offset") for kind in ("txt", "json") if f"{kind}_offset" in names}
+        # Members stand in the same order in all samples, or else the sample is read with care.
+        order = sorted((places | texts).items(), key=lambda item: records[0][item[1]])
+        layout = [(kind, place, self.wanted.get(kind)) for kind, place in order]
+        whole = len(places) == len(self.wanted) and hasattr(os, "preadv")
+        for slot, record in zip(slots, records, strict=True):
+            into.keys[slot] = record[0].decode("utf-8", "replace")
+            try:
+                read = self._at_once(descriptor, record, layout, slot) if whole else None
+                if read is None:
+                    self._with_care(shard, descriptor, dict(zip(names, record, strict=True)), slot)
+                    continue
+                captions = captions_of(*read)
+                if len(captions) > 1 and into.text is not None:
+                    raise _rows_differ(TEXT, 1, captions)
+                into.captions[slot] = captions[self.choose(slot, captions)][0]
+            except BadSampleError as error:
+                into.bad[slot] = error
+
+    def _at_once(
+        self, descriptor: int, record: Sequence[Any], layout: list[tuple[str, int, _Wanted | None]], slot: int
+    ) -> tuple[bytes | None, bytes | None] | None:
+        """The sample's ``txt`` and ``json``, its arrays read to their slots; None where anything is unusual."""
+        aside = self.aside
+        pieces: list[memoryview] = []
+        checks: list[tuple[memoryview, memoryview | None, int, str, _Wanted | None]] = []
+        start = position = -1
+        used = 0
+        for kind, place, wanted in layout:
+            offset, size, crc = record[place : place + 3]
+            if size < 0:
+                if wanted is not None:
+                    return None
+                continue
+            if start < 0:
+                start = position = offset
+            begin = used + offset - position
+            if not used <= begin <= used + _GAP:
+                return None
+            if wanted is None:
+                end, row = begin + size, None
+            elif size == wanted.stride + _HEAD:
+                end, row = begin + _HEAD, wanted.rows[slot * wanted.stride : (slot + 1) * wanted.stride]
+            else:
+                return None
+            if end > _ASIDE:
+                return None
+            pieces.append(aside[used:end])
+            if row is not None:
+                pieces.append(row)
+            checks.append((aside[begin:end], row, crc, kind, wanted))
+            used, position = end, offset + size
+        try:
+            if os.preadv(descriptor, pieces, start) != position - start:
+                return None
+        except OSError:
+            return None
+        txt = extra = None
+        for head, row, crc, kind, wanted in checks:
+            if wanted is not None and row is not None:
+                if crc32(row, crc32(head)) != crc or not _fits(bytes(head), wanted.dtype, wanted.shapes):
+                    return None
+            elif crc32(head) != crc:
+                return None
+            elif kind == "txt":
+                txt = bytes(head)
+            else:
+                extra = bytes(head)
+        return txt, extra
+
+    def _with_care(self, shard: int, descriptor: int, row: dict[str, Any], slot: int) -> None:
+        """Member by member. Raises ``BadSampleError``, or ``ShardError`` where the source stops at damage."""
+        into = self.into
+        key = into.keys[slot]
+
+        def array(kind: str, name: str) -> np.ndarray:
+            data = self.source.checked(shard, descriptor, row, kind, MAX_FEATURE_BYTES)
+            if data is None:
+                raise BadSampleError(f"{name}_missing", f"{key} has no {kind}")
+            try:
+                found = array_of(data)
+            except BadSampleError as error:
+                raise BadSampleError(error.reason, f"the {kind} of {key}: {error.message}") from error
+            wanted = self.wanted[kind]
+            if found.dtype != wanted.dtype:
+                raise BadSampleError(
+                    "feature_dtype", f"the {kind} of {key} is {found.dtype}, expected {wanted.dtype} as in the others"
+                )
+            shape = wanted.shapes[0]
+            rows = found if found.ndim == len(shape) + 1 and len(wanted.shapes) > 1 else found[None]
+            if rows.shape[1:] != shape:
+                raise BadSampleError(f"{name}_shape", f"the {kind} of {key} is {found.shape}, expected {shape}")
+            return rows
+
+        texts = [self.source.checked(shard, descriptor, row, kind, MAX_TEXT_BYTES) for kind in ("txt", "json")]
+        latent = array(LATENT, "latent")
+        captions = captions_of(texts[0], texts[1])
+        if into.text is None or into.mask is None:
+            pick = self.choose(slot, captions)
+        else:
+            text, mask = array(TEXT, "text"), array(MASK, "mask")
+            for kind, rows in ((TEXT, text), (MASK, mask)):
+                if len(rows) != len(captions):
+                    raise _rows_differ(kind, len(rows), captions)
+            pick = self.choose(slot, captions)
+            into.text[slot], into.mask[slot] = text[pick], mask[pick]
+        into.latents[slot] = latent[0]
+        into.captions[slot] = captions[pick][0]
+
+
+def load_empty(folder: Path, encoders: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The empty caption's features (n_txt, E) and mask (n_txt) uint8, from ``empty.safetensors`` beside the index.
+
+    Raises ``ShardError`` where the file is missing, malformed, or not the one that the index names by its SHA-256.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    path = folder / EMPTY_NAME
+    cure = "copy it along with the shards, or encode them again: longskip data encode"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read ({error.strerror}); dropped captions need it", cure=cure) from error
+    part = encoders.get("text")
+    said = part.get("empty_sha256") if isinstance(part, dict) else None
+    found = hashlib.sha256(data).hexdigest()
+    if said is not None and said != found:
+        raise ShardError(f"{path} has the SHA-256 {found}, index.json says {said}", cure=cure)
+    try:
+        arrays = load(data)
+        text, mask = arrays["text"], arrays["mask"]
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ShardError(f"{path} does not hold 'text' and 'mask': {error}", cure=cure) from error
+    fits = text.ndim == 2 and mask.shape == text.shape[:1] and text.dtype in (STORED["fp16"], STORED["fp32"])
+    if not fits or mask.dtype != STORED["uint8"] or mask.max(initial=0) > 1:
+        raise ShardError(
+            f"{path} holds text {text.dtype} {text.shape} and mask {mask.dtype} {mask.shape}; expected fp16 or fp32 "
+            "(n_txt, E) and uint8 0 or 1 (n_txt)",
+            cure=cure,
+        )
+    return text, mask
+
+
+def _rows_differ(kind: str, rows: int, captions: Captions) -> BadSampleError:
+    name = kind.partition(".")[0]
+    return BadSampleError(f"{name}_shape", f"the {kind} has {rows} rows for {len(captions)} captions")

@@ -1,0 +1,188 @@
+"""``longskip data encode``: what is typed → encoders, ranks and buckets; progress on a terminal and in a log."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from longskip.errors import ConfigError
+from longskip.launcher.progress import counting
+
+LINE_SECONDS = 30.0
+
+
+def encode(
+    shards: Annotated[
+        Path | None, typer.Argument(metavar="SHARDS", help="a folder of shards, or of pictures with captions")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="the folder for the feature shards")] = Path("features"),
+    vae: Annotated[Path | None, typer.Option(help="the folder of an AutoencoderKL (diffusers)")] = None,
+    text: Annotated[Path | None, typer.Option(help="the folder of a T5 or CLIP with its tokenizer")] = None,
+    text_kind: Annotated[str, typer.Option(help="auto, t5 or clip")] = "auto",
+    resolution: Annotated[str, typer.Option(help="pixels: 256, or HxW")] = "256",
+    buckets: Annotated[str | None, typer.Option(help="HxW,HxW,…: each picture at the nearest aspect ratio")] = None,
+    n_tokens: Annotated[int | None, typer.Option(min=1, help="tokens a caption; 77 for CLIP, 120 for T5")] = None,
+    too_long: Annotated[str, typer.Option(help="captions past --n-tokens: error (left out) or truncate")] = "error",
+    dtype: Annotated[str, typer.Option(help="of what is stored: fp16 or fp32")] = "fp16",
+    compute: Annotated[str, typer.Option(help="what the encoders compute in: fp32 or bf16")] = "fp32",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda:N")] = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="samples at a time")] = 32,
+    workers: Annotated[int, typer.Option(min=1, help="threads that read and decode")] = 4,
+    per_shard: Annotated[int, typer.Option(min=1, help="samples a shard, of a folder of pictures")] = 10_000,
+    keep_pictures: Annotated[bool, typer.Option("--keep-pictures", help="beside their latents")] = False,
+    max_bad_share: Annotated[float, typer.Option(min=0, max=1, help="of samples that may be left out")] = 0.05,
+    on_damage: Annotated[str, typer.Option(help="damaged bytes: stop, or skip (left out)")] = "stop",
+    finish: Annotated[bool, typer.Option("--finish", help="only write the index of what the ranks encoded")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object, for machines")] = False,
+) -> None:
+    """Encode pictures into latents and captions into text features, once, for training to read.
+
+    The same command resumes. With RANK and WORLD_SIZE set each rank encodes its share; they need not run together.
+    """
+    if finish:
+        _finish(out, max_bad_share, as_json)
+        return
+    if shards is None:
+        raise ConfigError("SHARDS is missing", cure="longskip data encode SHARDS --out DIR --vae PATH --text PATH")
+    for name, value, known in (
+        ("--text-kind", text_kind, ("auto", "t5", "clip")),
+        ("--too-long", too_long, ("error", "truncate")),
+        ("--dtype", dtype, ("fp16", "fp32")),
+        ("--compute", compute, ("fp32", "bf16")),
+        ("--on-damage", on_damage, ("stop", "skip")),
+    ):
+        if value not in known:
+            raise ConfigError(f"{name} {value!r}", cure=f"one of {', '.join(known)}")
+    rank, world = _whole("RANK", 0), _whole("WORLD_SIZE", 1)
+    size, sizes = parse_size(resolution), [parse_size(part) for part in buckets.split(",")] if buckets else []
+
+    import torch
+
+    from longskip.engine.data.encode import encode_shards
+    from longskip.engine.encoders import Encoders
+
+    encoders = Encoders.at(
+        vae,
+        text,
+        size,
+        _device(device),
+        {"fp32": torch.float32, "bf16": torch.bfloat16}[compute],
+        text_kind=text_kind,  # type: ignore[arg-type]
+        n_tokens=n_tokens,
+        too_long=too_long,  # type: ignore[arg-type]
+    )
+    with _progress(rank) as progress:
+        done = encode_shards(
+            shards,
+            out,
+            encoders,
+            dtype=dtype,  # type: ignore[arg-type]
+            batch=batch,
+            buckets=sizes,
+            keep_pictures=keep_pictures,
+            rank=rank,
+            world=world,
+            per_shard=per_shard,
+            workers=workers,
+            max_bad_share=max_bad_share,
+            on_damage=on_damage,  # type: ignore[arg-type]
+            progress=progress,
+        )
+    if as_json:
+        print(json.dumps({"out": str(out), "rank": rank, "world": world, **done.to_json()}))
+        return
+    print(f"{done.samples:,} samples in {done.shards} shard(s): {done.encoded} encoded, {done.finished} there before")
+    for reason, count in done.bad.items():
+        print(f"  left out, {reason}: {count:,}")
+    if not done.complete:
+        print(f"{out} is complete when the other ranks are done; the last one writes its index")
+        return
+    print(f"{out} is complete; train on it with")
+    for line in _settings(out, encoders, size, sizes):
+        print(f"  {line}")
+
+
+def _finish(out: Path, max_bad_share: float, as_json: bool) -> None:
+    from longskip.engine.data.encoding import Encoding
+
+    index = Encoding(out).finish(max_bad_share)
+    if as_json:
+        print(json.dumps({"out": str(out), "samples": index.total, "shards": len(index.shards), "complete": True}))
+    else:
+        print(f"{index.total:,} samples in {len(index.shards)} shard(s) at {out}: complete")
+
+
+def _settings(out: Path, encoders: Any, size: tuple[int, int], buckets: list[tuple[int, int]]) -> Iterator[str]:
+    """The configuration that these features ask for, as dotted overrides."""
+    yield f"data.path={out}"
+    if encoders.vae.kind == "vae":
+        yield f"model.resolution={list(size)}"
+        if buckets:
+            yield f"data.buckets={[list(bucket) for bucket in buckets]}"
+        for name in ("kind", "channels", "factor", "scale", "shift"):
+            yield f"encoders.vae.{name}={getattr(encoders.vae, name)}"
+    if encoders.text.frozen:
+        for name in ("kind", "n_tokens", "width"):
+            yield f"encoders.text.{name}={getattr(encoders.text, name)}"
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``256`` or ``192x320`` (H x W) in pixels. Raises ``ConfigError`` for anything else."""
+    sides = text.strip().lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and len(side) < 6 and int(side) for side in sides):
+        raise ConfigError(f"{text!r} is no size in pixels", cure="write 256 for a square, or HxW as in 192x320")
+    return int(sides[0]), int(sides[-1])
+
+
+def _whole(name: str, default: int) -> int:
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        raise ConfigError(f"{name}={value!r} is no whole number", cure=f"unset {name}, or let a launcher set it")
+    return int(value)
+
+
+def _device(name: str) -> str:
+    """``auto``: this rank's GPU where there is one, else the processor."""
+    import torch
+
+    if name == "auto":
+        return f"cuda:{_whole('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    there = torch.cuda.device_count()
+    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= there):
+        raise ConfigError(f"--device {name!r}; {there} CUDA devices are here", cure="auto, cpu or cuda:N")
+    return name
+
+
+@contextmanager
+def _progress(rank: int) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal; elsewhere a line every half minute with the rate and the time left."""
+    started = said = time.monotonic()
+    bar: Callable[[int], None] | None = None
+    first = 0
+
+    def tell(done: int, total: int) -> None:
+        nonlocal said, bar, first
+        if bar is None:
+            bar, first = stack.enter_context(counting("encoding", total)), done
+        bar(done)
+        now = time.monotonic()
+        if sys.stderr.isatty() or now - said < LINE_SECONDS or done == first:
+            return
+        said, rate = now, (done - first) / (now - started)
+        left = (total - done) / rate / 60
+        print(f"rank {rank}: {done:,} of {total:,} samples, {rate:.1f}/s, {left:.0f} min left", file=sys.stderr)
+
+    with ExitStack() as stack:
+        yield tell

@@ -54,7 +54,9 @@ setup(
     packages=find_packages(include=["longskip", "longskip.*"]),
     # An explicit root makes editable installs plain paths, which type checkers follow.
     package_dir={"": "."},
-    package_data={"longskip": ["py.typed", "profiling/templates/*", "launcher/demo.yaml"]},
+    package_data={
+        "longskip": ["py.typed", "profiling/templates/*", "launcher/demo.yaml", "engine/diffusers_pipeline/*.py"]
+    },
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["longskip=longskip.launcher.cli:main"]},

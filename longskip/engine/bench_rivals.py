@@ -47,16 +47,20 @@ class PlainBlock(nn.Module):
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))  # (B, T, h)
 
 
+def check(spec: UViTSpec) -> None:
+    """Raises ConfigError on a spec with switches that the plain model lacks."""
+    if spec.adaln or spec.qk_norm or spec.time_mlp or spec.n_classes or not (spec.skips and spec.n_txt):
+        raise ConfigError(
+            "the plain U-ViT has words and skips, but no adaLN, qk-norm, time MLP or classes",
+            cure="take a text-to-image preset without those switches",
+        )
+
+
 class PlainUViT(nn.Module):
-    """U-ViT and a table of word vectors. Raises ConfigError on a spec with switches that this plain model lacks."""
+    """U-ViT and a table of word vectors, for specs that pass ``check``."""
 
     def __init__(self, spec: UViTSpec, vocabulary_size: int) -> None:
         super().__init__()
-        if spec.adaln or spec.qk_norm or spec.time_mlp or spec.n_classes or not (spec.skips and spec.n_txt):
-            raise ConfigError(
-                "the plain U-ViT has words and skips, but no adaLN, qk-norm, time MLP or classes",
-                cure="take a text-to-image preset without those switches",
-            )
         self.spec = spec
         h, pixels = spec.width, spec.patch**2
         self.text = nn.ModuleDict({"embedding": nn.Embedding(vocabulary_size, spec.text_width)})
@@ -77,8 +81,9 @@ class PlainUViT(nn.Module):
         now = torch.cat((angles.cos(), angles.sin()), dim=-1)[:, None]  # (B, 1, h)
         patches = latents.view(b, c, rows, p, cols, p).permute(0, 2, 4, 3, 5, 1).reshape(b, rows * cols, -1)
         words = self.embed["text"](self.text["embedding"](tokens))  # (B, n_txt, h)
-        x = torch.cat((now, words, self.embed["patch"](patches)), dim=1) + self.embed.pos  # (B, L, h)
-        skips, middle = [], spec.n_blocks // 2
+        x = torch.cat((now, words, self.embed["patch"](patches)), dim=1)  # (B, L, h)
+        x = x + self.embed.get_parameter("pos")
+        skips, middle = list[Tensor](), spec.n_blocks // 2
         for index, block in enumerate(self.blocks):
             x = block(x, skips.pop() if index > middle else None)
             if index < middle:
@@ -101,9 +106,8 @@ def stock_deepspeed(config: Config, vocabulary_size: int, batch: BatchPlan, devi
     }
     with deepspeed.zero.Init(config_dict_or_path=settings):
         model = PlainUViT(config.backbone(), vocabulary_size)
-    for name, parameter in model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            fill(config, table, name, parameter)
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):
+        fill(config, model, table)
     engine, *_ = deepspeed.initialize(model=model, optimizer=torch_adamw(config, model, table), config=settings)
 
     def step(micro: MicroBatch) -> float:
@@ -119,10 +123,9 @@ def bare_loop(config: Config, vocabulary_size: int, device: torch.device) -> Ste
     """Forward, backward, clip, torch's fused AdamW and an average of the weights in one multi-tensor call."""
     table = declared(config, vocabulary_size)
     model = PlainUViT(config.backbone(), vocabulary_size).to(device)
-    for name, parameter in model.named_parameters():
-        fill(config, table, name, parameter)
+    fill(config, model, table)
     optimizer = torch_adamw(config, model, table)
-    weights = list(model.parameters())
+    weights: list[Tensor] = list(model.parameters())
     average = [weight.detach().clone() for weight in weights]
 
     def step(micro: MicroBatch) -> float:
@@ -150,13 +153,13 @@ def declared(config: Config, vocabulary_size: int) -> dict[str, ParamSpec]:
     """The plain model's parameter names → our declarations of the same tensors."""
     text = config.text_encoder(vocabulary_size)
     table = {spec.name: spec for unit in config.backbone().parameters().values() for spec in unit}
-    return table | {f"text.{spec.name}": spec for unit in (text.parameters() if text else {}).values() for spec in unit}
+    return table | {f"text.{spec.name}": spec for spec in (text.parameters()["embedding"] if text else ())}
 
 
 @torch.no_grad()
-def fill(config: Config, table: dict[str, ParamSpec], name: str, parameter: nn.Parameter) -> None:
-    """The initial value that our model gives the tensor; where a rank holds no piece of it, nothing."""
-    if parameter.numel():
+def fill(config: Config, model: nn.Module, table: dict[str, ParamSpec]) -> None:
+    """The initial values that our model gives the same tensors."""
+    for name, parameter in model.named_parameters():
         canonical = name if name.startswith("text.") else f"backbone.{name}"
         parameter.copy_(initial_value(config.train.seed, canonical, table[name].shape, table[name].init))
 

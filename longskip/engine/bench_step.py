@@ -39,6 +39,7 @@ from longskip.engine.data.sources import open_source
 from longskip.engine.distributed import World, barrier, import_deepspeed, join
 from longskip.engine.inputs import Inputs
 from longskip.engine.ports import free_port
+from longskip.engine.prepare import prepare
 from longskip.engine.runs import environment
 from longskip.errors import ConfigError, LongskipError
 
@@ -115,35 +116,39 @@ def bench_step(
     """
     if batch % ranks:
         raise ConfigError(f"--batch {batch} does not divide over {ranks} ranks", cure="take a multiple of the ranks")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    elif ranks > torch.cuda.device_count():
+        raise ConfigError(f"--ranks {ranks} on {torch.cuda.device_count()} GPU(s)", cure="one rank a GPU")
     import_deepspeed()  # once here, and not in every forked rank
     chosen = [contender for contender in contenders(ranks) if not only or contender.name in only]
     threads = max(1, _cores() // ranks)
-    model = {"preset": preset, "depth": depth, "width": width, "batch": batch, "seed": seed}
-    load, runs = [os.getloadavg()], dict[str, list[dict[str, Any]]]()
+    model: dict[str, Any] = {"preset": preset, "depth": depth, "width": width, "batch": batch, "seed": seed}
+    load, runs = os.getloadavg(), dict[str, list[dict[str, Any]]]()
     with tempfile.TemporaryDirectory(prefix="longskip-bench-") as folder:
         data = Path(folder) / "data"
-        write_shapes(data, PICTURES, seed=0)
         configs = {contender.name: _config(contender, data, **model) for contender in chosen}
+        bench_rivals.check(configs[chosen[0].name].backbone())
+        write_shapes(data, PICTURES, seed=0)
         for repeat in range(repeats):
             for contender in chosen:
                 begin, place = time.monotonic(), Path(folder) / f"{contender.name}-{repeat}"
                 run_ranks(contender, configs[contender.name], steps, threads, place)
                 runs.setdefault(contender.name, []).append(_joined(contender, place))
                 progress(f"{repeat + 1}/{repeats}  {contender.title}: {time.monotonic() - begin:.0f} s")
-        words = len(build_vocabulary(configs[chosen[0].name], open_source(str(data))))
-    load.append(os.getloadavg())
+        config = configs[chosen[0].name]
+        tensors = declared(config, len(build_vocabulary(config, open_source(str(data))))).values()
+    options = model | {"ranks": ranks, "steps": steps, "repeats": repeats}
     reference = runs.get("bare", runs[chosen[0].name])[0]["losses"]
     figures = {contender.name: _figures(contender, runs[contender.name], reference) for contender in chosen}
-    shape, tensors = configs[chosen[0].name].backbone(), declared(configs[chosen[0].name], words).values()
-    options = [
-        f"--{name} {value}" for name, value in (model | {"ranks": ranks, "steps": steps, "repeats": repeats}).items()
-    ]
+    present = [comparison for comparison in COMPARISONS if {comparison.ours, comparison.theirs} <= figures.keys()]
+    shape = config.backbone()
     return {
-        "command": " ".join(["longskip bench step", *options]),
+        "command": " ".join(["longskip bench step", *(f"--{name} {value}" for name, value in options.items())]),
         "commit": _commit(),
         "machine": _machine(),
         "threads_per_rank": threads,
-        "load_average": {"before": list(load[0]), "after": list(load[1])},
+        "load_average": {"before": list(load), "after": list(os.getloadavg())},
         "model": {
             "preset": preset,
             "tensors": len(tensors),
@@ -157,11 +162,7 @@ def bench_step(
         "repeats": repeats,
         "tolerance": TOLERANCE,
         "contenders": figures,
-        "comparisons": [
-            _compare(comparison, runs, figures)
-            for comparison in COMPARISONS
-            if {comparison.ours, comparison.theirs} <= figures.keys()
-        ],
+        "comparisons": [_compare(comparison, runs, figures) for comparison in present],
     }
 
 
@@ -225,8 +226,6 @@ def _synchronize(world: World) -> None:
 def _trainer(contender: Contender, config: Config, folder: Path, world: World) -> bench_rivals.Step:
     """The contender's step: a micro-batch → the loss, whose mean over the ranks is the global batch's."""
     if contender.kind == "longskip":
-        from longskip.engine.prepare import prepare
-
         job = prepare(config, folder / "run", world)
 
         def step(micro: MicroBatch) -> float:
@@ -262,7 +261,7 @@ def run_ranks(contender: Contender, config: Config, steps: int, threads: int, fo
     LongskipError with the last lines of a rank that failed.
     """
     folder.mkdir()
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
     port, processes = free_port(), []
     for rank in range(contender.ranks):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": contender.ranks, "MASTER_PORT": port}
@@ -291,16 +290,17 @@ def run_ranks(contender: Contender, config: Config, steps: int, threads: int, fo
 
 def _rank(environment: dict[str, str], threads: int, log: Path, *arguments: Any) -> None:
     os.environ.update(environment)
+    torch.set_num_threads(threads)
     with log.open("w") as stream:
         for number in (1, 2):
             os.dup2(stream.fileno(), number)
-    torch.set_num_threads(threads)
-    try:
-        measure(*arguments)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)  # at once: a process that unloads torch and its process group may hang or abort
+        try:
+            measure(*arguments)
+        except BaseException:
+            traceback.print_exc(file=stream)
+            stream.flush()
+            os._exit(1)
+        os._exit(0)  # at once: a process that unloads torch and its process group may hang or abort
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------

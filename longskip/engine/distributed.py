@@ -6,6 +6,7 @@ import datetime
 import json
 import logging
 import os
+import resource
 import socket
 import sys
 import warnings
@@ -112,6 +113,13 @@ def import_deepspeed():  # type: ignore[no-untyped-def]
 def leave() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most bytes that this process has held so far: reserved on a GPU, resident in host memory without one."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_reserved(device))
+    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def barrier() -> None:

@@ -17,7 +17,7 @@ from longskip.engine.data.plan import Cursor
 from longskip.engine.data.reader import MicroBatch, Reader
 from longskip.engine.data.sources import Source
 from longskip.engine.diffusion import Objective
-from longskip.engine.distributed import World, all_reduce_sum
+from longskip.engine.distributed import World, all_reduce_sum, peak_memory
 from longskip.engine.inputs import Inputs
 from longskip.engine.metrics import Metrics
 from longskip.engine.optim import AdamW, ema_decay, learning_rate
@@ -237,12 +237,15 @@ class Job:
             return
         eta = self.meter.eta(self.config.train.steps)
         ended = self._end_ledger_interval()
-        values = {
+        peaks = [0.0] * self.world.size
+        peaks[self.world.rank] = peak_memory(self.world.device)
+        values: dict[str, Any] = {
             "loss": sum(self.state.losses) / len(self.state.losses),
             "lr": self._lr,
             "grad_norm": self._norm,
             "images": self.state.images,
             "bad": self.state.bad_samples,
+            "peaks": all_reduce_sum(peaks, self.world.device),
         }
         self.state.losses.clear()
         self.metrics.interval(ended, values, eta)

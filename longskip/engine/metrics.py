@@ -25,8 +25,11 @@ def format_eta(seconds: float | None) -> str:
 class Metrics:
     """Writer of a run's metrics; on other ranks than 0 every call does nothing."""
 
-    def __init__(self, run: Path, *, main: bool, attempt: int, steps: int, start: int, tensorboard: bool) -> None:
-        self.run, self.main, self.attempt, self.steps = run, main, attempt, steps
+    def __init__(
+        self, run: Path, *, main: bool, attempt: int, steps: int, start: int, tensorboard: bool, memory: str = "max_rss"
+    ) -> None:
+        """``memory``: what the loop's peak bytes are, ``max_reserved`` of a GPU or ``max_rss`` of a process."""
+        self.run, self.main, self.attempt, self.steps, self.memory = run, main, attempt, steps, memory
         self._board: Any = None
         self._bar: Any = None
         self._log: TextIO | None = None
@@ -53,8 +56,8 @@ class Metrics:
         else:
             print(text, flush=True)
 
-    def interval(self, ended: Interval, values: dict[str, float], eta: float | None) -> None:
-        """One logging interval: rates from the meter, ``values`` (loss, lr, norm) from the loop."""
+    def interval(self, ended: Interval, values: dict[str, Any], eta: float | None) -> None:
+        """One logging interval: rates from the meter, ``values`` (loss, lr, norm, peak bytes per rank) from the loop."""
         if not self.main:
             return
         line = {
@@ -68,12 +71,14 @@ class Metrics:
         }
         if ended.mfu is not None and ended.hfu is not None:
             line |= {"mfu(%)": 100 * ended.mfu, "hfu(%)": 100 * ended.hfu}
+        peaks = [round(peak / 2**30, 3) for peak in values["peaks"]]
+        line |= {f"memory/{self.memory}(GiB)": max(peaks), "memory/per_rank(GiB)": peaks}
         self.record(ended.step, line | {"images": values["images"], "bad_samples": values["bad"]})
         mfu = f"  mfu {100 * ended.mfu:.1f}%" if ended.mfu is not None else ""
         text = (
             f"step {ended.step}/{self.steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
             f"norm {values['grad_norm']:.3f}  {ended.images_per_second:.0f} images/s  "
-            f"{ended.tokens_per_second:.0f} tokens/s  data {100 * ended.data_wait_share:.0f}%{mfu}  eta {format_eta(eta)}"
+            f"{ended.tokens_per_second:.0f} tokens/s  data {100 * ended.data_wait_share:.0f}%  {max(peaks):.1f} GiB{mfu}  eta {format_eta(eta)}"
         )
         if self._bar is not None:
             assert self._log is not None

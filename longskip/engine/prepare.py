@@ -91,6 +91,7 @@ def prepare(config: Config, run_path: Path, world: World) -> Job:
         steps=config.train.steps,
         start=state.step,
         tensorboard=config.logging.tensorboard,
+        memory="max_reserved" if world.device.type == "cuda" else "max_rss",
     )
     job = Job(
         config, world, run, batch, source, engine, optimizer, shards, reader, objective_of(config.diffusion), inputs,

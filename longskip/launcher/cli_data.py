@@ -13,7 +13,6 @@ from longskip.launcher.cli_encode import encode
 from longskip.launcher.progress import counting
 
 app = typer.Typer(help="Make, pack, encode, check and look at sets of captioned pictures.", no_args_is_help=True)
-app.command()(encode)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object, for machines")]
 PathArgument = Annotated[Path, typer.Argument(metavar="DATA", help="a folder of shards, or of pictures with captions")]
@@ -121,3 +120,6 @@ def show(
 
     contact_sheet(open_source(path), out, n=count, columns=columns, seed=seed)
     print(out)
+
+
+app.command()(encode)

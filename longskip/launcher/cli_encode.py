@@ -20,10 +20,10 @@ LINE_SECONDS = 30.0
 
 
 def encode(
+    out: Annotated[Path, typer.Option(help="the folder for the feature shards")],
     shards: Annotated[
         Path | None, typer.Argument(metavar="SHARDS", help="a folder of shards, or of pictures with captions")
     ] = None,
-    out: Annotated[Path, typer.Option(help="the folder for the feature shards")] = Path("features"),
     vae: Annotated[Path | None, typer.Option(help="the folder of an AutoencoderKL (diffusers)")] = None,
     text: Annotated[Path | None, typer.Option(help="the folder of a T5 or CLIP with its tokenizer")] = None,
     text_kind: Annotated[str, typer.Option(help="auto, t5 or clip")] = "auto",
@@ -127,10 +127,10 @@ def _settings(out: Path, encoders: Any, size: tuple[int, int], buckets: list[tup
         yield f"model.resolution={list(size)}"
         if buckets:
             yield f"data.buckets={[list(bucket) for bucket in buckets]}"
-        for name in ("kind", "channels", "factor", "scale", "shift"):
+        for name in ("kind", "path", "channels", "factor", "scale", "shift"):
             yield f"encoders.vae.{name}={getattr(encoders.vae, name)}"
     if encoders.text.frozen:
-        for name in ("kind", "n_tokens", "width"):
+        for name in ("kind", "path", "n_tokens", "width"):
             yield f"encoders.text.{name}={getattr(encoders.text, name)}"
 
 

@@ -172,6 +172,8 @@ def test_skipped_positions_are_not_read(folder):
 class Troubled:
     """A source whose samples 4 and 9 are bad and whose sample 11 has a long caption."""
 
+    features = None
+
     def __init__(self, inner) -> None:
         self.inner = inner
 

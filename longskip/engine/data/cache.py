@@ -33,6 +33,7 @@ def default_folder() -> Path:
 class Cache:
     """The files of one data set, ``name``, in a cache folder; ``limit`` bounds the bytes of all data sets in it.
 
+    What is on its way counts with the size that was reserved for it, or where that is not known once it is whole.
     Only what lies in folders that caches made is ever counted or removed. May be sent to other processes.
     """
 
@@ -112,14 +113,14 @@ class Cache:
             used, files = self._scan()
             missing = used - os.fstat(stream.fileno()).st_size + size - self.limit
             kept = {self.data / file for file in keep}
-            files.sort(key=lambda item: (item[0] in kept, item[1]))
-            for path, _, bytes_ in files:
-                if missing <= 0 or (path in kept and not force):
+            free = [item for item in files if force or item[0] not in kept]
+            if missing > sum(bytes_ for _, _, bytes_ in free):
+                return False
+            for path, _, bytes_ in sorted(free, key=lambda item: (item[0] in kept, item[1])):
+                if missing <= 0:
                     break
                 path.unlink(missing_ok=True)
                 missing -= bytes_
-            if missing > 0:
-                return False
             stream.truncate(size)
             return True
 
@@ -130,7 +131,7 @@ class Cache:
     def _scan(self) -> tuple[int, list[tuple[Path, float, int]]]:
         """Bytes in use, and (path, time of last use, bytes) of the files that may be removed."""
         used, files = 0, []
-        for kind in ("data", "parts"):
+        for kind in ("parts", "data"):  # what lands in between is counted twice, never missed
             for folder in self.root.glob(f"{_OURS}*/{kind}"):
                 for base, _, names in os.walk(folder):
                     for path in (Path(base, name) for name in names if _FILE.search(name)):

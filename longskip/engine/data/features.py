@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,13 +41,15 @@ Choose = Callable[[int, Captions], int]
 class FeatureLayout:
     """What a sample's features look like: the latent's (C, h, w) and dtype, the text's (n_txt, E) and dtype or None.
 
-    Where latents come in several sizes (buckets), h and w are those of the first sample.
+    Where latents come in several sizes (buckets), h and w are those of the first sample. ``pictures``: whether pictures
+    lie beside them.
     """
 
     latent: tuple[int, int, int]
     latent_dtype: np.dtype
     text: tuple[int, int] | None = None
     text_dtype: np.dtype | None = None
+    pictures: bool = False
 
 
 @dataclass
@@ -83,10 +86,12 @@ def layout_of(source: ShardSource) -> FeatureLayout | None:
     if any(counts[TEXT]) != any(counts[MASK]):
         raise ShardError(f"{index.folder} holds text features or masks without the other", cure="encode it again")
     latent = _probe(source, LATENT, "vae", 3)
+    channels, height, width = latent.shape
+    layout = FeatureLayout((channels, height, width), latent.dtype, pictures="image" in index.members)
     if not any(counts[TEXT]):
-        return FeatureLayout(latent.shape, latent.dtype)  # type: ignore[arg-type]
+        return layout
     text = _probe(source, TEXT, "text", 2, 3)
-    return FeatureLayout(latent.shape, latent.dtype, text.shape[-2:], text.dtype)  # type: ignore[arg-type]
+    return replace(layout, text=(text.shape[-2], text.shape[-1]), text_dtype=text.dtype)
 
 
 def _probe(source: ShardSource, kind: str, part: str, *axes: int) -> np.ndarray:
@@ -122,28 +127,60 @@ def _probe(source: ShardSource, kind: str, part: str, *axes: int) -> np.ndarray:
 
 
 class _Wanted(NamedTuple):
-    """A kind of member that goes into an array of the batch: one row of ``stride`` bytes per slot."""
+    """A kind of member that goes into an array of the batch, one row of it per slot."""
 
     kind: str
-    rows: memoryview
-    stride: int
+    rows: list[memoryview]
     dtype: np.dtype
     shapes: tuple[tuple[int, ...], ...]
+    heads: set[bytes]  # headers that were found to fit
 
+    @property
+    def size(self) -> int:
+        return len(self.rows[0]) + _HEAD if self.rows else -1
 
-@lru_cache(maxsize=256)
-def _fits(head: bytes, dtype: np.dtype, shapes: tuple[tuple[int, ...], ...]) -> bool:
-    try:
-        header = header_of(head)
-    except BadSampleError:
-        return False
-    return header.offset == len(head) and header.dtype == dtype and header.shape in shapes
+    def fits(self, head: bytes) -> bool:
+        try:
+            header = header_of(head)
+        except BadSampleError:
+            return False
+        fits = header.offset == len(head) and header.dtype == self.dtype and header.shape in self.shapes
+        if fits:
+            self.heads.add(head)
+        return fits
 
 
 def _wanted(kind: str, array: np.ndarray, *, captions: bool) -> _Wanted:
     shape = array.shape[1:]
-    rows = memoryview(array.reshape(-1)).cast("B")
-    return _Wanted(kind, rows, array[0].nbytes, array.dtype, (shape, (1, *shape)) if captions else (shape,))
+    flat, stride = array.reshape(-1).view(np.uint8).data, array.nbytes // max(len(array), 1)
+    rows = [flat[i : i + stride] for i in range(0, array.nbytes, stride)] if stride else []
+    return _Wanted(kind, rows, array.dtype, (shape, (1, *shape)) if captions else (shape,), set())
+
+
+Getter = Callable[[Sequence[Any]], Any]
+
+
+class _Members(NamedTuple):
+    """The members of a table that are read, in the order of the file, and where its records have their numbers."""
+
+    kinds: tuple[str, ...]
+    offsets: Getter
+    crcs: Getter
+    array_sizes: Getter
+    text_sizes: Getter
+
+
+class _Form(NamedTuple):
+    """How to read samples whose members lie at the same distances.
+
+    ``pieces`` are what one system call fills, ``size`` bytes in all, with gaps for the batch's own ``rows`` = [(piece,
+    member, its header, wanted)]; ``texts`` are [(member, its name, its first byte in ``aside``)].
+    """
+
+    size: int
+    pieces: list[memoryview]
+    rows: list[tuple[int, int, memoryview, _Wanted]]
+    texts: list[tuple[int, str, int]]
 
 
 def read_features(
@@ -161,12 +198,12 @@ def read_features(
     shards, rows = source.locate(samples[order])
     chosen = np.asarray(slots)[order].tolist()
     starts = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(order)]
-    for start, stop in zip(starts, starts[1:], strict=False):
+    for start, stop in pairwise(starts):
         if start < stop:
             batch.read(int(shards[start]), rows[start:stop], chosen[start:stop])
     if into.mask is not None:
         for slot in np.flatnonzero(into.mask.max(axis=1, initial=0) > 1).tolist():
-            if slot in slots and slot not in into.bad:
+            if slot in chosen and slot not in into.bad:
                 into.bad[slot] = BadSampleError("mask_values", f"the mask of {into.keys[slot]} has values above 1")
 
 
@@ -180,81 +217,81 @@ class _Batch:
             self.wanted[TEXT] = _wanted(TEXT, into.text, captions=True)
             self.wanted[MASK] = _wanted(MASK, into.mask, captions=True)
         self.aside = memoryview(bytearray(_ASIDE))
+        self.members: dict[tuple[str, ...], _Members] = {}
+        self.forms: dict[Any, _Form | None] = {}
 
     def read(self, shard: int, rows: np.ndarray, slots: Sequence[int]) -> None:
         into = self.into
         descriptor, table, names = self.source.opened(shard)
         records = table[rows].tolist()
-        places = {kind: names.index(f"{kind}_offset") for kind in self.wanted if f"{kind}_offset" in names}
-        texts = {kind: names.index(f"{kind}_offset") for kind in ("txt", "json") if f"{kind}_offset" in names}
-        # Members stand in the same order in all samples, or else the sample is read with care.
-        order = sorted((places | texts).items(), key=lambda item: records[0][item[1]])
-        layout = [(kind, place, self.wanted.get(kind)) for kind, place in order]
-        whole = len(places) == len(self.wanted) and hasattr(os, "preadv")
+        members = self.members.get(names)
+        if members is None:
+            members = self.members[names] = self._members(names, records[0])
         for slot, record in zip(slots, records, strict=True):
             into.keys[slot] = record[0].decode("utf-8", "replace")
             try:
-                read = self._at_once(descriptor, record, layout, slot) if whole else None
-                if read is None:
+                texts = self._at_once(descriptor, members, record, slot)
+                if texts is None:
                     self._with_care(shard, descriptor, dict(zip(names, record, strict=True)), slot)
                     continue
-                captions = captions_of(*read)
+                captions = captions_of(texts.get("txt"), texts.get("json"))
                 if len(captions) > 1 and into.text is not None:
                     raise _rows_differ(TEXT, 1, captions)
                 into.captions[slot] = captions[self.choose(slot, captions)][0]
             except BadSampleError as error:
                 into.bad[slot] = error
 
-    def _at_once(
-        self, descriptor: int, record: Sequence[Any], layout: list[tuple[str, int, _Wanted | None]], slot: int
-    ) -> tuple[bytes | None, bytes | None] | None:
-        """The sample's ``txt`` and ``json``, its arrays read to their slots; None where anything is unusual."""
-        aside = self.aside
-        pieces: list[memoryview] = []
-        checks: list[tuple[memoryview, memoryview | None, int, str, _Wanted | None]] = []
-        start = position = -1
-        used = 0
-        for kind, place, wanted in layout:
-            offset, size, crc = record[place : place + 3]
-            if size < 0:
-                if wanted is not None:
-                    return None
-                continue
-            if start < 0:
-                start = position = offset
-            begin = used + offset - position
+    def _members(self, names: tuple[str, ...], first: Sequence[Any]) -> _Members:
+        """Those of a table; a sample that lacks one, or has them in another order, is read with care."""
+        kinds = [kind for kind in (*self.wanted, "txt", "json") if f"{kind}_offset" in names]
+        places = [(kind, names.index(f"{kind}_offset")) for kind in kinds]
+        places = sorted((item for item in places if first[item[1] + 1] >= 0), key=lambda item: first[item[1]])
+
+        def getter(numbers: Sequence[int]) -> Getter:
+            return itemgetter(*numbers, 0, 0)  # the key twice, so that it is always a tuple
+
+        return _Members(
+            tuple(kind for kind, _ in places),
+            getter([place for _, place in places]),
+            getter([place + 2 for _, place in places]),
+            getter([place + 1 for kind, place in places if kind in self.wanted]),
+            getter([place + 1 for kind, place in places if kind not in self.wanted]),
+        )
+
+    def _form(self, members: _Members, distances: Sequence[int], array_sizes: Sequence[int], end: int) -> _Form | None:
+        """None where these samples are to be read with care; ``end`` is the last text's distance and blocks."""
+        form = _Form(0, [], [], [])
+        used = position = 0
+        for member, (kind, distance) in enumerate(zip(members.kinds, distances, strict=True)):
+            begin = used + distance - position
             if not used <= begin <= used + _GAP:
                 return None
+            wanted = self.wanted.get(kind)
             if wanted is None:
-                end, row = begin + size, None
-            elif size == wanted.stride + _HEAD:
-                end, row = begin + _HEAD, wanted.rows[slot * wanted.stride : (slot + 1) * wanted.stride]
-            else:
+                form.texts.append((member, kind, begin))
+                continue
+            if wanted.size != array_sizes[len(form.rows)]:
                 return None
-            if end > _ASIDE:
-                return None
-            pieces.append(aside[used:end])
-            if row is not None:
-                pieces.append(row)
-            checks.append((aside[begin:end], row, crc, kind, wanted))
-            used, position = end, offset + size
-        try:
-            if os.preadv(descriptor, pieces, start) != position - start:
-                return None
-        except OSError:
-            return None
-        txt = extra = None
-        for head, row, crc, kind, wanted in checks:
-            if wanted is not None and row is not None:
-                if crc32(row, crc32(head)) != crc or not _fits(bytes(head), wanted.dtype, wanted.shapes):
-                    return None
-            elif crc32(head) != crc:
-                return None
-            elif kind == "txt":
-                txt = bytes(head)
-            else:
-                extra = bytes(head)
-        return txt, extra
+            form.pieces.append(self.aside[used : begin + _HEAD])
+            form.rows.append((len(form.pieces), member, self.aside[begin : begin + _HEAD], wanted))
+            form.pieces.append(self.aside[:0])
+            used, position = begin + _HEAD, distance + wanted.size
+        if position < end:
+            form.pieces.append(self.aside[used : used + end - position])
+            used, position = used + end - position, end
+        whole = len(form.rows) == len(self.wanted) and used <= _ASIDE and hasattr(os, "preadv")
+        return form._replace(size=position) if whole else None
+
+    def _at_once(
+        self, descriptor: int, members: _Members, record: Sequence[Any], slot: int
+    ) -> dict[str, bytes] | None:
+        """The sample's texts, its arrays read to their slots with one system call; None where anything is unusual."""
+        offsets = members.offsets(record)
+        start = offsets[0]
+        distances = tuple([offset - start for offset in offsets[:-2]])
+        sizes = members.text_sizes(record)
+        ...
+        return texts
 
     def _with_care(self, shard: int, descriptor: int, row: dict[str, Any], slot: int) -> None:
         """Member by member. Raises ``BadSampleError``, or ``ShardError`` where the source stops at damage."""

@@ -44,7 +44,7 @@ def header_of(data: bytes | bytearray | memoryview) -> Header:
     start = bytes(data[:12])
     if start[:6] != _MAGIC:
         raise BadSampleError("feature_format", f"no .npy: it starts with {start[:8]!r}")
-    width = {(1, 0): 2, (2, 0): 4}.get(tuple(start[6:8]))
+    width = {b"\1\0": 2, b"\2\0": 4}.get(start[6:8])
     if width is None:
         raise BadSampleError("feature_format", f".npy version {tuple(start[6:8])}; (1, 0) and (2, 0) are read")
     offset = 8 + width + int.from_bytes(start[8 : 8 + width], "little")

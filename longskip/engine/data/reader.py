@@ -11,13 +11,13 @@ import math
 import multiprocessing
 import multiprocessing.util
 import os
-import queue
 import signal
-import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -29,12 +29,15 @@ from longskip.engine.data.decode import MAX_PIXELS, decode_image
 from longskip.engine.data.draws import Draws
 from longskip.engine.data.features import FeatureBatch, FeatureLayout
 from longskip.engine.data.plan import Cursor, Plan
-from longskip.engine.data.sources import Source
+from longskip.engine.data.sources import FeatureSource, Source
 from longskip.engine.data.tokens import Vocabulary
 from longskip.engine.signals import ASKING
 from longskip.errors import BadSampleError, ConfigError, DataError, EncoderError, LongskipError
 
 Coordinates = tuple[np.ndarray, np.ndarray]
+
+THREADS = 2
+"""Threads that assemble where there are no worker processes: reading, checking, decoding and drawing let go of the GIL."""
 
 
 @dataclass
@@ -138,7 +141,7 @@ class Assembler:
         return self.vocabulary is None and self.n_txt > 0
 
     def _empty_text(self, layout: FeatureLayout) -> tuple[np.ndarray, np.ndarray]:
-        text, mask = self.source.empty_text
+        text, mask = cast(FeatureSource, self.source).empty_text
         if text.shape != layout.text or text.dtype != layout.text_dtype:
             raise EncoderError(
                 f"the empty caption's features are {text.dtype} {text.shape}, "
@@ -195,14 +198,15 @@ class Assembler:
         into = FeatureBatch(latents, None, None, [""] * count, [""] * count)
         content = _Content(clean, {}, into.keys, into.captions, np.zeros(count, dtype=bool), into.bad)
         if self._reads_text and layout.text is not None:
-            content.conditions["text"], into.text = self._buffers.tensor((count, *layout.text), layout.text_dtype)
+            dtype = layout.text_dtype or layout.latent_dtype
+            content.conditions["text"], into.text = self._buffers.tensor((count, *layout.text), dtype)
             into.mask = np.empty((count, self.n_txt), dtype=np.uint8)
         draws = Draws(self.seed, "caption")
 
         def choose(slot: int, captions: Captions) -> int:
             return weighted_choice(captions, draws, int(epochs[slot]), int(samples[slot]))
 
-        self.source.read_features(range(count), samples, into, choose)
+        cast(FeatureSource, self.source).read_features(range(count), samples, into, choose)
         self._tell(epochs, samples, content)
         for slot in np.flatnonzero(content.dropped):
             if into.text is not None and into.mask is not None and self._empty is not None:
@@ -417,40 +421,25 @@ class _Walk(Sampler[Coordinates]):
 
 
 class _Threaded:
-    """Assembles ahead in one daemon thread; the queue holds a few micro-batches."""
+    """Assembles ahead in a few threads of this process; micro-batches come back in the order of the walk."""
 
     def __init__(self, assembler: Assembler, walk: _Walk, depth: int) -> None:
-        self._queue: queue.Queue[MicroBatch | BaseException] = queue.Queue(maxsize=depth)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(assembler, walk), name="longskip-reader", daemon=True)
-        self._thread.start()
+        self._walk = iter(walk)
+        self._assemble = assembler.assemble
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="longskip-reader")
+        self._ahead: deque[Future[MicroBatch]] = deque()
+        for _ in range(depth):
+            self._begin()
 
-    def _run(self, assembler: Assembler, walk: _Walk) -> None:
-        try:
-            for epochs, samples in walk:
-                if not self._put(assembler.assemble(epochs, samples)):
-                    return
-        except BaseException as error:  # handed to the consumer, who raises it
-            self._put(error)
-
-    def _put(self, item: MicroBatch | BaseException) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+    def _begin(self) -> None:
+        self._ahead.append(self._pool.submit(self._assemble, *next(self._walk)))
 
     def take(self) -> MicroBatch:
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item
+        self._begin()
+        return self._ahead.popleft().result()
 
     def close(self) -> None:
-        self._stop.set()
-        self._thread.join()
+        self._pool.shutdown(cancel_futures=True)
 
 
 class _Assembled(Dataset[Any]):

@@ -70,6 +70,26 @@ class Source(Protocol):
         """A stable hash of the data's identity: the same wherever they lie, another one when they change."""
         ...
 
+    @property
+    def features(self) -> FeatureLayout | None:
+        """The layout of stored features; None where samples are pictures alone."""
+        ...
+
+
+class FeatureSource(Source, Protocol):
+    """A source with stored features (``features`` is not None)."""
+
+    def read_features(
+        self, slots: Sequence[int] | np.ndarray, samples: np.ndarray, into: FeatureBatch, choose: Choose
+    ) -> None:
+        """Fills the slots of a batch: see ``features.read_features``."""
+        ...
+
+    @property
+    def empty_text(self) -> tuple[np.ndarray, np.ndarray]:
+        """The empty caption's features (n_txt, E) and mask (n_txt) uint8."""
+        ...
+
 
 class _Descriptor(int):
     """An open file that is closed when nobody holds it: a shard that is let go may still be read by a thread."""
@@ -136,7 +156,7 @@ class ShardSource:
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(shards, rows in them) of samples, int64. Raises ``DataError`` for a sample that is not there."""
         samples = np.asarray(samples, dtype=np.int64)
-        if len(samples) and not (0 <= samples.min() and samples.max() < self._ends[-1]):
+        if len(samples) and not (samples.min() >= 0 and samples.max() < self._ends[-1]):
             raise DataError(f"samples {samples.min()} to {samples.max()}; the source holds {len(self)}")
         shards = np.searchsorted(self._ends, samples, side="right")
         return shards, samples - self._starts[shards]
@@ -228,7 +248,7 @@ class ShardSource:
     def read_features(
         self, slots: Sequence[int] | np.ndarray, samples: np.ndarray, into: FeatureBatch, choose: Choose
     ) -> None:
-        """Reads features into the slots of a batch: see ``features.read_features``."""
+        """Fills the slots of a batch: see ``features.read_features``."""
         read_features(self, slots, samples, into, choose)
 
     @cached_property
@@ -376,6 +396,8 @@ class FolderSource:
 
     Raises ``DataError`` where the folder holds no picture, or names two pictures alike.
     """
+
+    features = None
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = refuse_url(folder)

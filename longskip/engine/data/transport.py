@@ -39,10 +39,12 @@ class Patience:
 
     An attempt is given up after ``silence`` without a byte. The pause before the next one starts at ``pause``, doubles
     up to ``longest_pause`` and is shortened at random by up to half, so that many readers do not return together. A
-    file is given up after ``attempts``, or when all of it has taken ``total``.
+    file is given up after ``attempts``, when ``wrong`` of them brought all of it and it was not what it should be, or
+    when they have taken ``total``.
     """
 
     attempts: int = 6
+    wrong: int = 3
     silence: float = 30.0
     total: float = 3600.0
     pause: float = 0.5
@@ -316,6 +318,7 @@ class _Download:
     def run(self) -> None:
         patience = self.transport.patience
         begin = time.monotonic()
+        wrong = 0
         for attempt in range(1, patience.attempts + 1):
             cause: Exception
             try:
@@ -329,6 +332,7 @@ class _Download:
                 raise error.reason from error.__cause__
             except ShardError as error:  # all of it came, and it is wrong
                 self.at = 0
+                wrong += 1
                 cause = error
             except Exception as error:  # transports raise what their libraries raise
                 cause = error
@@ -336,7 +340,7 @@ class _Download:
                     self.at = 0
             pause = min(patience.longest_pause, patience.pause * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
             late = time.monotonic() + pause >= self.deadline
-            if late or attempt == patience.attempts or _for_good(cause):
+            if late or attempt == patience.attempts or wrong == patience.wrong or _for_good(cause):
                 raise self._failure(cause, attempt, time.monotonic() - begin) from cause
             if self.stop.wait(pause):
                 raise Stopped

@@ -31,6 +31,8 @@ EXTRAS = {
     "hub": ["diffusers", "transformers"],
     "track": ["wandb", "mlflow"],
     "eval": ["torchmetrics"],
+    # Shards at http(s):// and s3:// URLs. webdataset's transport needs the program curl instead.
+    "remote": ["fsspec[http]>=2024.2", "s3fs>=2024.2"],
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.5",

@@ -267,24 +267,24 @@ def run_ranks(contender: Contender, config: Config, steps: int, threads: int, fo
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": contender.ranks, "MASTER_PORT": port}
         environment = {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
         arguments = (environment, threads, folder / f"rank-{rank}.log", contender, config, steps, folder)
-        processes.append(context.Process(target=_rank, args=arguments))
+        processes.append(context.Process(target=_rank, args=arguments, daemon=True))
         processes[-1].start()
     deadline = time.monotonic() + TIME_LIMIT
-    try:
-        while any(process.exitcode is None for process in processes) and time.monotonic() < deadline:
-            if any(process.exitcode for process in processes):
-                break
-            time.sleep(0.02)
-    finally:
-        for process in processes:
-            if process.exitcode is None:
-                process.kill()
-            process.join()
-    failed = [rank for rank, process in enumerate(processes) if process.exitcode != 0]
-    for rank in failed:
-        lines = (folder / f"rank-{rank}.log").read_text("utf-8").splitlines()[-12:]
+    while any(process.exitcode is None for process in processes) and time.monotonic() < deadline:
+        if any(process.exitcode for process in processes):
+            break
+        time.sleep(0.02)
+    ended = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    for rank, code in enumerate(ended):
+        if code:
+            last = "\n".join((folder / f"rank-{rank}.log").read_text("utf-8").splitlines()[-12:])
+            raise LongskipError(f"{contender.title}: rank {rank} ended with {code}\n{last}")
+    if None in ended:
         raise LongskipError(
-            f"{contender.title}: rank {rank} ended with {processes[rank].exitcode}\n" + "\n".join(lines)
+            f"{contender.title}: not done after {TIME_LIMIT:.0f} s", cure="take a smaller model or fewer --steps"
         )
 
 

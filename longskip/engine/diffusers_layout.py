@@ -53,8 +53,12 @@ def write(folder: Path, model: Model, limit: int) -> None:
     _scheduler(folder, index, config)
     _vae(folder, index, config)
     _text(folder, index, model, limit)
-    index |= {"objective": config.diffusion.objective, "prediction": config.diffusion.prediction}
-    index["truncate"] = config.encoders.text.too_long == "truncate"
+    index |= {
+        "objective": config.diffusion.objective,
+        "prediction": config.diffusion.prediction,
+        "factor": config.factor if config.encoders.vae.kind == "vae" else None,
+        "truncate": config.encoders.text.too_long == "truncate",
+    }
     _json(folder / "model_index.json", index)
 
 

@@ -134,7 +134,8 @@ class Encoders:
             raise DataError(
                 f"pictures of the shape {tuple(pixels.shape)}; (B, 3, H, W) with sides that {factor} divides are meant"
             )
-        mean = self._autoencoder.encode(pixels.to(self.device, self.dtype)).latent_dist.mean
+        # Contiguous: another memory format takes other convolutions, which round otherwise.
+        mean = self._autoencoder.encode(pixels.to(self.device, self.dtype).contiguous()).latent_dist.mean
         return (mean.float() - self.vae.shift) * self.vae.scale
 
     @torch.no_grad()

@@ -159,8 +159,14 @@ class InitialValues(Mapping[str, torch.Tensor]):
     as a context manager.
     """
 
-    def __init__(self, origin: _Origin, shapes: dict[str, tuple[int, ...]], positions: torch.Tensor | None) -> None:
-        self._origin, self.shapes, self._positions = origin, shapes, positions
+    def __init__(
+        self,
+        origin: _Origin,
+        shapes: dict[str, tuple[int, ...]],
+        positions: torch.Tensor | None = None,
+        change: str = "kept",
+    ) -> None:
+        self._origin, self.shapes, self._positions, self._change = origin, shapes, positions, change
 
     def read(self, name: str, offset: int, numel: int) -> torch.Tensor:
         if name == POSITIONS and self._positions is not None:
@@ -178,8 +184,8 @@ class InitialValues(Mapping[str, torch.Tensor]):
         return len(self.shapes)
 
     def describe(self) -> dict[str, Any]:
-        """Where the weights are from, for ``run.json``: path, step, kind, hash of the manifest, positions."""
-        return self._origin.describe() | {"positions": "kept" if self._positions is None else "interpolated"}
+        """Where the weights are from, as JSON: path, step, kind, hash of the manifest, what became of the positions."""
+        return self._origin.describe() | {"positions": self._change}
 
     def close(self) -> None:
         self._origin.close()
@@ -226,7 +232,7 @@ def _fitted(origin: _Origin, found: Path, config: Config, vocabulary: Vocabulary
     )
     refuse_others(origin.shapes, wanted, f"train.init_from {found}", cure=cure)
     if theirs is None:
-        return InitialValues(origin, shapes, None)
+        return InitialValues(origin, shapes)
     differing = [
         f"{name} {old!r} there, {new!r} here"
         for name in (item.name for item in fields(UViTSpec) if item.name not in _MAY_DIFFER)
@@ -240,10 +246,12 @@ def _fitted(origin: _Origin, found: Path, config: Config, vocabulary: Vocabulary
             cure=f"set encoders.text.n_tokens to at most {theirs.n_txt}",
         )
     if not changes:
-        return InitialValues(origin, shapes, None)
+        return InitialValues(origin, shapes)
+    old, new = theirs.grid(theirs.latent_size), spec.grid(spec.latent_size)
     table = origin.read(POSITIONS, 0, theirs.n_tokens * theirs.width).view(theirs.n_tokens, theirs.width)
-    moved = Embed(theirs).positions(table, spec.grid(spec.latent_size), spec.n_txt)
-    return InitialValues(origin, shapes, moved.reshape(-1))
+    moved = Embed(theirs).positions(table, new, spec.n_txt)
+    change = f"grid {old[0]}x{old[1]} to {new[0]}x{new[1]}, {spec.n_txt} of {theirs.n_txt} text tokens"
+    return InitialValues(origin, shapes, moved.reshape(-1), change)
 
 
 def _same_words(found: Path, vocabulary: Vocabulary | None) -> None:

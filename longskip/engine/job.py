@@ -270,4 +270,4 @@ class Job:
         self.metrics.close()
         if self.world.is_main:
             with tolerant("run.json"):
-                self.run.set_status(status)
+                self.run.note(status=status)

@@ -18,11 +18,11 @@ from longskip.engine.config import BatchPlan, Config
 from longskip.engine.costs import StepCost, step_cost
 from longskip.engine.data.plan import Plan
 from longskip.engine.data.reader import Reader
-from longskip.engine.data.sources import ShardSource, Source, open_source
+from longskip.engine.data.sources import Source
 from longskip.engine.data.tokens import Vocabulary
 from longskip.engine.diffusion import objective_of
 from longskip.engine.distributed import World, broadcast_object
-from longskip.engine.inputs import Inputs
+from longskip.engine.inputs import Inputs, open_data
 from longskip.engine.job import Job, LoopState
 from longskip.engine.metrics import Metrics
 from longskip.engine.runs import RunFolder
@@ -40,7 +40,7 @@ def prepare(config: Config, run_path: Path, world: World) -> Job:
     resuming, kept_micro, attempt = claimed["resuming"], claimed["micro_batch"], claimed["attempt"]
     batch = config.batch(world.size, kept_micro)
     on_main(world, lambda: _check(config, batch, world.device))
-    source = _open(config)
+    source = open_data(config, config.data.path)
     plan = Plan(len(source), batch.total, config.train.seed)
     if not resuming and config.encoders.text.kind == "words":
         on_main(world, lambda: _begin_vocabulary(run, config, source))
@@ -67,6 +67,8 @@ def prepare(config: Config, run_path: Path, world: World) -> Job:
     elif start is not None:
         with initial.initial_values(start, config.train.init_weights, config, vocabulary) as values:
             initial.apply(values, shards)
+            origin = values.describe()
+        on_main(world, lambda: run.note(initial=origin))
     on_main(world, lambda: ledger.append(run / "ledger.jsonl", ledger.Resumed(attempt, state.step)))
     reader = Reader(
         source,
@@ -188,16 +190,9 @@ def _claim(run: RunFolder, config: Config) -> dict[str, Any]:
 
 def _check(config: Config, batch: BatchPlan, device: torch.device) -> None:
     """What can be wrong with data and backends, found before any rank builds a model."""
-    Plan(len(_open(config)), batch.total, config.train.seed)
+    Plan(len(open_data(config, config.data.path)), batch.total, config.train.seed)
     backends.configure(config.kernels.by_op())
     backends.choices(device)
-
-
-def _open(config: Config) -> Source:
-    source = open_source(config.data.path)
-    if isinstance(source, ShardSource):
-        source.on_damage = config.data.on_damage
-    return source
 
 
 def _settle(run: RunFolder, config: Config, ds_config: dict[str, Any], summary: dict[str, Any], resuming: bool) -> None:

@@ -149,10 +149,11 @@ class RunFolder:
         write_atomic(self / "run.json", json.dumps(summary, indent=2))
         write_atomic(self / "config.yaml", dump_yaml(config))  # last: it makes the folder a run
 
-    def set_status(self, status: str) -> None:
+    def note(self, **facts: Any) -> None:
+        """Add to ``run.json``, or replace what it says."""
         path = self / "run.json"
         summary = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        write_atomic(path, json.dumps(summary | {"status": status}, indent=2))
+        write_atomic(path, json.dumps(summary | facts, indent=2))
 
 
 def environment() -> dict[str, Any]:

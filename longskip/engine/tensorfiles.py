@@ -54,11 +54,13 @@ def write_file(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]
 
     Raises DiskFullError, or CheckpointError for a value that ``dtype`` cannot hold or that could not be written.
     """
-    needed, free = sum(entry.bytes for entry in entries), shutil.disk_usage(path.parent).free
-    if free < needed + (1 << 20):
-        raise DiskFullError(f"{path} needs {needed:,} bytes, {free:,} are free", cure="free space or write elsewhere")
-    temporary = path.with_name(f".{path.name}.tmp")
+    needed, temporary = sum(entry.bytes for entry in entries), path.with_name(f".{path.name}.tmp")
     try:
+        free = shutil.disk_usage(path.parent).free
+        if free < needed + (1 << 20):
+            raise DiskFullError(
+                f"{path} needs {needed:,} bytes, {free:,} are free", cure="free space or write elsewhere"
+            )
         with open(temporary, "wb") as file:
             _write(file, entries, metadata)
             file.flush()

@@ -17,12 +17,12 @@ from PIL import Image
 
 from longskip.engine.config import Config
 from longskip.engine.data.draws import generator
-from longskip.engine.data.sources import Source, open_source
+from longskip.engine.data.sources import Source
 from longskip.engine.diffusion import Objective
 from longskip.engine.distributed import World, all_reduce_sum
 from longskip.engine.drawing import Drawing, draw, repeats_of
 from longskip.engine.grids import make_grid
-from longskip.engine.inputs import Inputs
+from longskip.engine.inputs import Inputs, open_data
 from longskip.engine.runs import write_atomic
 from longskip.engine.shards import Shards
 from longskip.engine.texts import NoTexts, StoredTexts, Texts
@@ -43,7 +43,7 @@ class Validation:
 
     def __init__(self, config: Config, world: World, inputs: Inputs, training: Source) -> None:
         self.config, self.world, self.inputs = config, world, inputs
-        self.source = open_source(config.data.validation) if config.data.validation else None
+        self.source = open_data(config, config.data.validation) if config.data.validation else None
         self.prompts = list(config.logging.prompts)
         if not inputs.pictures or not config.logging.samples_every:
             self.prompts = []

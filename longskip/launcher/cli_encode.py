@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from longskip.errors import ConfigError
+from longskip.errors import ConfigError, LongskipError
 from longskip.launcher.progress import counting
 
 LINE_SECONDS = 30.0
@@ -47,6 +47,40 @@ def encode(
 
     The same command resumes. With RANK and WORLD_SIZE set each rank encodes its share; they need not run together.
     """
+    arguments = dict(locals())
+    try:
+        _encode(**arguments)
+    except LongskipError as error:
+        rank = os.environ.get("RANK", "0")
+        if rank == "0":
+            raise
+        # Of ranks that joined no process group only the first would be heard, and each may fail in its own way.
+        print(f"longskip: [rank {rank}] {error}", file=sys.stderr, flush=True)
+        raise typer.Exit(error.exit_code) from None
+
+
+def _encode(
+    shards: Path | None,
+    out: Path,
+    vae: Path | None,
+    text: Path | None,
+    text_kind: Any,
+    resolution: str,
+    buckets: str | None,
+    n_tokens: int | None,
+    too_long: Any,
+    dtype: Any,
+    compute: str,
+    device: str,
+    batch: int,
+    workers: int,
+    per_shard: int,
+    keep_pictures: bool,
+    max_bad_share: float,
+    on_damage: Any,
+    finish: bool,
+    as_json: bool,
+) -> None:
     if finish:
         _finish(out, max_bad_share, as_json)
         return
@@ -75,16 +109,16 @@ def encode(
         size,
         _device(device),
         {"fp32": torch.float32, "bf16": torch.bfloat16}[compute],
-        text_kind=text_kind,  # type: ignore[arg-type]
+        text_kind=text_kind,
         n_tokens=n_tokens,
-        too_long=too_long,  # type: ignore[arg-type]
+        too_long=too_long,
     )
     with _progress(rank) as progress:
         done = encode_shards(
             shards,
             out,
             encoders,
-            dtype=dtype,  # type: ignore[arg-type]
+            dtype=dtype,
             batch=batch,
             buckets=sizes,
             keep_pictures=keep_pictures,
@@ -93,7 +127,7 @@ def encode(
             per_shard=per_shard,
             workers=workers,
             max_bad_share=max_bad_share,
-            on_damage=on_damage,  # type: ignore[arg-type]
+            on_damage=on_damage,
             progress=progress,
         )
     if as_json:

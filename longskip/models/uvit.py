@@ -10,6 +10,7 @@ from functools import partial
 from typing import cast
 
 import torch
+import torch._dynamo.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -220,6 +221,19 @@ class UViT(nn.Module):
             for unit in self.modules():
                 if isinstance(unit, Packed):
                     unit.materialize(seed, device)
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """From now on ``Block.compute`` goes through ``torch.compile``: one graph for all blocks without a skip and one
+        for those with, each for training, for inference and anew for another number of tokens; a graph break is an
+        error. Gathering, ``Packed.guard`` and checkpointing stay outside. Dispatch counters do not see the blocks of a
+        compiled model, so count another one.
+        """
+        # A graph more than this many is an error as well, and the default of 8 is met by two kinds of blocks with and
+        # without gradient and key mask, of a fixed and of a varying number of tokens.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+        compute = torch.compile(Block.compute, fullgraph=True, backend=backend)
+        for block in self.blocks:
+            block.compute = partial(compute, block)  # of the class, so that the blocks share their graphs
 
     def forward(self, latents: Tensor, time: Tensor, cond: Conditioning | None = None) -> Tensor:
         """Noised latents (B, C, H, W) at time (B,), in [0, 1] for the usual ``time_scale``, → (B, C_out, H, W).

@@ -123,6 +123,8 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     short = Entry("w", (3,), torch.float32, lambda: [torch.zeros(2)])
     with pytest.raises(CheckpointError, match="2 of 3"):
         write_file(tmp_path / "g.safetensors", [short], {})
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        write_file(tmp_path / "nowhere" / "f.safetensors", [big], {})
     monkeypatch.setattr(tensorfiles.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 10))
     with pytest.raises(DiskFullError, match="10 are free"):
         write_file(tmp_path / "g.safetensors", [big], {})
@@ -420,7 +422,7 @@ def test_a_folder_without_its_encoders(tmp_path: Path) -> None:
     export(run, tmp_path / "out", layout="diffusers")
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert index["vae"] == index["text_encoder"] == index["tokenizer"] == [None, None]
-    assert not (tmp_path / "out" / "vae").exists()
+    assert index["factor"] == 8 and not (tmp_path / "out" / "vae").exists()
     encoders["vae"] = {"kind": "vae", "path": str(tiny_vae(tmp_path / "vae", scale=0.5))}
     run = saved_run(tmp_path / "other", encoders=encoders, model={"patch": 2, "resolution": 64})
     with pytest.raises(LongskipError, match=r"scale is 0\.18215(.|\n)*0\.5"):

@@ -134,7 +134,11 @@ def test_every_kind_of_source_agrees(parent: Path, tmp_path: Path, monkeypatch: 
                 assert values.keys() == reference.keys()
                 assert all(torch.equal(values[name], reference[name]) for name in reference), source
                 told = values.describe()
-            assert told["step"] == 7 and told["weights"] == "ema" and told["positions"] == "interpolated"
+            assert (
+                told["step"] == 7
+                and told["weights"] == "ema"
+                and told["positions"] == "grid 4x4 to 8x8, 16 of 16 text tokens"
+            )
             assert len(told["manifest_sha256"]) == 64
     half = tmp_path / "half"
     export(parent, half, dtype="bf16")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import mpmath
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from scipy.integrate import quad
+from scipy.optimize import brentq
 from scipy.stats import norm
 
 from longskip.engine.config import Config, DiffusionGroup
+from longskip.engine.data.reader import MicroBatch
 from longskip.engine.data.sources import open_source
 from longskip.engine.data.tokens import Vocabulary
 from longskip.engine.diffusion import Objective, objective_of
@@ -105,9 +108,9 @@ def test_a_ddpm_that_ends_in_noise_has_the_datas_density() -> None:
     for data in (correlated(6), PAIR):
         ddpm = objective("ddpm", "v", beta_start=1e-5, beta_end=0.08)
         x = data.sample(32, 1)
-        found = ode_log_likelihood(ddpm, data.predictor(ddpm), x, divergence="exact", rtol=1e-7, atol=1e-7)
+        found = ode_log_likelihood(ddpm, data.predictor(ddpm), x, divergence="exact", rtol=1e-6, atol=1e-6)
         assert float((found.nats + data.log_density(x)).abs().max()) < 1e-3
-        assert float((found.nats + data.log_density(x, noise_floor(ddpm))).abs().max()) < 1e-5
+        assert float((found.nats + data.log_density(x, noise_floor(ddpm))).abs().max()) < 1e-4
 
 
 def test_a_mixture_on_a_line_is_carried_quantile_to_quantile() -> None:
@@ -125,8 +128,6 @@ def test_a_mixture_on_a_line_is_carried_quantile_to_quantile() -> None:
 
     def pdf(y: float, level: int) -> float:
         return sum(w * norm.pdf(y, m, s) for w, m, s in at(level))
-
-    from scipy.optimize import brentq
 
     found = ode_log_likelihood(ddpm, LINE.predictor(ddpm), x, divergence="exact", rtol=1e-8, atol=1e-8)
     for value, nats in zip(x[:, 0].tolist(), found.nats.tolist(), strict=True):
@@ -161,7 +162,7 @@ def test_a_samples_draws_are_its_own_whatever_the_batch() -> None:
     for kind, prediction in (("flow", "v"), ("ddpm", "v")):
         target, x = objective(kind, prediction), PAIR.sample(5, 4)
         numbers = [7, 3, 11, 0, 2]
-        for settings in ({"divergence": "hutchinson", "probes": 3, "rtol": 1e-7, "atol": 1e-7}, None):
+        for settings in ({"divergence": "hutchinson", "probes": 3, "rtol": 1e-6, "atol": 1e-6}, None):
 
             def one(part: torch.Tensor, of: list[int], settings=settings, target=target) -> Estimate:
                 if settings is None:
@@ -170,7 +171,7 @@ def test_a_samples_draws_are_its_own_whatever_the_batch() -> None:
 
             together = one(x, numbers)
             alone = [one(x[i : i + 1], [number]) for i, number in enumerate(numbers)]
-            limit = 1e-11 if settings is None else 1e-5
+            limit = 1e-11 if settings is None else 1e-4
             assert float((together.nats - torch.cat([a.nats for a in alone])).abs().max()) < limit
             assert float((together.error - torch.cat([a.error for a in alone])).abs().max()) < limit
 
@@ -311,8 +312,9 @@ def test_pixels_have_the_probability_of_their_interval(kind: str, prediction: st
 
 
 def small_uvit() -> UViT:
-    """A U-ViT of 16 values with weights that make its derivative far from zero."""
-    model = UViT(preset("uvit-tiny", latent_size=(4, 4), channels=1, out_channels=None, patch=2, n_txt=0, text_width=0))
+    """A U-ViT of 16 values, smooth in time, with weights that make its derivative far from zero."""
+    spec = preset("uvit-tiny", latent_size=(4, 4), channels=1, out_channels=None, patch=2, n_txt=0, text_width=0)
+    model = UViT(replace(spec, time_scale=1.0))
     with torch.no_grad():
         for i, parameter in enumerate(model.parameters()):
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
@@ -323,7 +325,7 @@ def test_a_uvits_likelihood_agrees_with_one_integrated_here() -> None:
     """Midpoint rule and the trace of autograd's Jacobian through the other kernels' backend, in float64."""
     model, flow = small_uvit().double(), objective("flow", "v")
     x = torch.randn(2, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = ode_log_likelihood(flow, model, x, divergence="exact", rtol=1e-7, atol=1e-7)
+    found = ode_log_likelihood(flow, model, x, divergence="exact", rtol=1e-6, atol=1e-6)
     steps = 40
     y, h = (1 - FLOW_START) * x, (1 - FLOW_START) / steps
     density = torch.full((2,), 16 * math.log(1 - FLOW_START), dtype=torch.float64)
@@ -350,7 +352,11 @@ def test_a_uvits_likelihood_agrees_with_one_integrated_here() -> None:
 @pytest.mark.parametrize(("kind", "prediction"), [("flow", "v"), ("ddpm", "epsilon")])
 def test_a_run_on_pictures_goes_through(kind: str, prediction: str, shapes: Path) -> None:
     """uvit-tiny with its word encoder on 32² pictures, as ``longskip evaluate`` calls it; the result is JSON."""
-    config = Config(model={"preset": "uvit-tiny"}, diffusion={"objective": kind, "prediction": prediction})
+    config = Config(
+        model={"preset": "uvit-tiny"},
+        encoders={"text": {"too_long": "truncate"}},
+        diffusion={"objective": kind, "prediction": prediction},
+    )
     vocabulary, spec = Vocabulary.build(["a red circle"], 300), config.backbone()
     text = WordEncoder(TextEncoderSpec(len(vocabulary), spec.text_width, spec.n_txt))
     model = TextToImage(UViT(spec), text).eval()
@@ -375,11 +381,6 @@ def test_a_run_on_pictures_goes_through(kind: str, prediction: str, shapes: Path
 
 
 def test_a_sets_figures_are_those_of_its_good_samples() -> None:
-    config = Config(model={"preset": "uvit-tiny"}, encoders={"text": {"kind": "none"}}, diffusion={"caption_dropout": 0})
-    del config
-
-    from longskip.engine.data.reader import MicroBatch
-
     data, target = correlated(4), objective("flow", "v")
     predictor = data.predictor(target)
 

@@ -25,7 +25,8 @@ import torch
 
 from longskip import __version__
 from longskip.engine.data.decode import decode_image, upright_size
-from longskip.engine.data.encoding import EMPTY_NAME, Encoding, check_share, npy_bytes, reasons
+from longskip.engine.data.encoding import Encoding, check_share, npy_bytes, reasons
+from longskip.engine.data.features import EMPTY_NAME
 from longskip.engine.data.index import refuse_url, write_atomically
 from longskip.engine.data.pack import PER_SHARD, caption_members, image_extension
 from longskip.engine.data.sources import FolderSource, ShardSource, Source, open_source

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from longskip.engine.config import leaves
+from longskip.engine.data.features import EMPTY_NAME
 from longskip.engine.data.index import (
     INDEX_NAME,
     Index,
@@ -36,7 +37,6 @@ from longskip.errors import ConfigError, DataError, EncoderError, RunLockedError
 
 VERSION = 1
 FOLDER = "encoding"
-EMPTY_NAME = "empty.safetensors"
 BAD_NAME = "bad_samples.jsonl"
 
 

@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -131,15 +130,14 @@ class _Wanted(NamedTuple):
 
     kind: str
     rows: list[memoryview]
+    size: int  # of the whole member, where it holds one row
     dtype: np.dtype
     shapes: tuple[tuple[int, ...], ...]
     heads: set[bytes]  # headers that were found to fit
 
-    @property
-    def size(self) -> int:
-        return len(self.rows[0]) + _HEAD if self.rows else -1
-
     def fits(self, head: bytes) -> bool:
+        if head in self.heads:
+            return True
         try:
             header = header_of(head)
         except BadSampleError:
@@ -152,35 +150,9 @@ class _Wanted(NamedTuple):
 
 def _wanted(kind: str, array: np.ndarray, *, captions: bool) -> _Wanted:
     shape = array.shape[1:]
-    flat, stride = array.reshape(-1).view(np.uint8).data, array.nbytes // max(len(array), 1)
-    rows = [flat[i : i + stride] for i in range(0, array.nbytes, stride)] if stride else []
-    return _Wanted(kind, rows, array.dtype, (shape, (1, *shape)) if captions else (shape,), set())
-
-
-Getter = Callable[[Sequence[Any]], Any]
-
-
-class _Members(NamedTuple):
-    """The members of a table that are read, in the order of the file, and where its records have their numbers."""
-
-    kinds: tuple[str, ...]
-    offsets: Getter
-    crcs: Getter
-    array_sizes: Getter
-    text_sizes: Getter
-
-
-class _Form(NamedTuple):
-    """How to read samples whose members lie at the same distances.
-
-    ``pieces`` are what one system call fills, ``size`` bytes in all, with gaps for the batch's own ``rows`` = [(piece,
-    member, its header, wanted)]; ``texts`` are [(member, its name, its first byte in ``aside``)].
-    """
-
-    size: int
-    pieces: list[memoryview]
-    rows: list[tuple[int, int, memoryview, _Wanted]]
-    texts: list[tuple[int, str, int]]
+    flat, stride = array.reshape(-1).view(np.uint8).data, array[0].nbytes
+    rows = [flat[i : i + stride] for i in range(0, array.nbytes, stride)]
+    return _Wanted(kind, rows, stride + _HEAD, array.dtype, (shape, (1, *shape)) if captions else (shape,), set())
 
 
 def read_features(
@@ -203,7 +175,7 @@ def read_features(
             batch.read(int(shards[start]), rows[start:stop], chosen[start:stop])
     if into.mask is not None:
         for slot in np.flatnonzero(into.mask.max(axis=1, initial=0) > 1).tolist():
-            if slot in chosen and slot not in into.bad:
+            if slot in slots and slot not in into.bad:
                 into.bad[slot] = BadSampleError("mask_values", f"the mask of {into.keys[slot]} has values above 1")
 
 
@@ -217,81 +189,81 @@ class _Batch:
             self.wanted[TEXT] = _wanted(TEXT, into.text, captions=True)
             self.wanted[MASK] = _wanted(MASK, into.mask, captions=True)
         self.aside = memoryview(bytearray(_ASIDE))
-        self.members: dict[tuple[str, ...], _Members] = {}
-        self.forms: dict[Any, _Form | None] = {}
 
     def read(self, shard: int, rows: np.ndarray, slots: Sequence[int]) -> None:
         into = self.into
         descriptor, table, names = self.source.opened(shard)
         records = table[rows].tolist()
-        members = self.members.get(names)
-        if members is None:
-            members = self.members[names] = self._members(names, records[0])
+        places = {kind: names.index(f"{kind}_offset") for kind in self.wanted if f"{kind}_offset" in names}
+        texts = {kind: names.index(f"{kind}_offset") for kind in ("txt", "json") if f"{kind}_offset" in names}
+        # Members stand in the same order in all samples, or else the sample is read with care.
+        order = sorted((places | texts).items(), key=lambda item: records[0][item[1]])
+        layout = [(kind, place, self.wanted.get(kind)) for kind, place in order]
+        whole = len(places) == len(self.wanted) and hasattr(os, "preadv")
         for slot, record in zip(slots, records, strict=True):
             into.keys[slot] = record[0].decode("utf-8", "replace")
             try:
-                texts = self._at_once(descriptor, members, record, slot)
-                if texts is None:
+                read = self._at_once(descriptor, record, layout, slot) if whole else None
+                if read is None:
                     self._with_care(shard, descriptor, dict(zip(names, record, strict=True)), slot)
                     continue
-                captions = captions_of(texts.get("txt"), texts.get("json"))
+                captions = captions_of(read.get("txt"), read.get("json"))
                 if len(captions) > 1 and into.text is not None:
                     raise _rows_differ(TEXT, 1, captions)
                 into.captions[slot] = captions[self.choose(slot, captions)][0]
             except BadSampleError as error:
                 into.bad[slot] = error
 
-    def _members(self, names: tuple[str, ...], first: Sequence[Any]) -> _Members:
-        """Those of a table; a sample that lacks one, or has them in another order, is read with care."""
-        kinds = [kind for kind in (*self.wanted, "txt", "json") if f"{kind}_offset" in names]
-        places = [(kind, names.index(f"{kind}_offset")) for kind in kinds]
-        places = sorted((item for item in places if first[item[1] + 1] >= 0), key=lambda item: first[item[1]])
-
-        def getter(numbers: Sequence[int]) -> Getter:
-            return itemgetter(*numbers, 0, 0)  # the key twice, so that it is always a tuple
-
-        return _Members(
-            tuple(kind for kind, _ in places),
-            getter([place for _, place in places]),
-            getter([place + 2 for _, place in places]),
-            getter([place + 1 for kind, place in places if kind in self.wanted]),
-            getter([place + 1 for kind, place in places if kind not in self.wanted]),
-        )
-
-    def _form(self, members: _Members, distances: Sequence[int], array_sizes: Sequence[int], end: int) -> _Form | None:
-        """None where these samples are to be read with care; ``end`` is the last text's distance and blocks."""
-        form = _Form(0, [], [], [])
-        used = position = 0
-        for member, (kind, distance) in enumerate(zip(members.kinds, distances, strict=True)):
-            begin = used + distance - position
+    def _at_once(
+        self, descriptor: int, record: Sequence[Any], layout: list[tuple[str, int, _Wanted | None]], slot: int
+    ) -> dict[str, bytes] | None:
+        """The sample's texts, its arrays read to their slots; None where anything is unusual."""
+        aside = self.aside
+        pieces: list[memoryview] = []
+        arrays: list[tuple[memoryview, memoryview, int, _Wanted]] = []
+        texts: dict[str, tuple[memoryview, int]] = {}
+        start = position = -1
+        used = 0
+        for kind, place, wanted in layout:
+            offset, size, crc = record[place : place + 3]
+            if size < 0:
+                if wanted is not None:
+                    return None
+                continue
+            if start < 0:
+                start = position = offset
+            begin = used + offset - position
             if not used <= begin <= used + _GAP:
                 return None
-            wanted = self.wanted.get(kind)
             if wanted is None:
-                form.texts.append((member, kind, begin))
-                continue
-            if wanted.size != array_sizes[len(form.rows)]:
+                end = begin + size
+                texts[kind] = aside[begin:end], crc
+            else:
+                if size != wanted.size:
+                    return None
+                end = begin + _HEAD
+            if end > _ASIDE:
                 return None
-            form.pieces.append(self.aside[used : begin + _HEAD])
-            form.rows.append((len(form.pieces), member, self.aside[begin : begin + _HEAD], wanted))
-            form.pieces.append(self.aside[:0])
-            used, position = begin + _HEAD, distance + wanted.size
-        if position < end:
-            form.pieces.append(self.aside[used : used + end - position])
-            used, position = used + end - position, end
-        whole = len(form.rows) == len(self.wanted) and used <= _ASIDE and hasattr(os, "preadv")
-        return form._replace(size=position) if whole else None
-
-    def _at_once(
-        self, descriptor: int, members: _Members, record: Sequence[Any], slot: int
-    ) -> dict[str, bytes] | None:
-        """The sample's texts, its arrays read to their slots with one system call; None where anything is unusual."""
-        offsets = members.offsets(record)
-        start = offsets[0]
-        distances = tuple([offset - start for offset in offsets[:-2]])
-        sizes = members.text_sizes(record)
-        ...
-        return texts
+            pieces.append(aside[used:end])
+            if wanted is not None:
+                row = wanted.rows[slot]
+                pieces.append(row)
+                arrays.append((aside[begin:end], row, crc, wanted))
+            used, position = end, offset + size
+        try:
+            if os.preadv(descriptor, pieces, start) != position - start:
+                return None
+        except OSError:
+            return None
+        for head, row, crc, wanted in arrays:
+            if crc32(row, crc32(head)) != crc or not wanted.fits(bytes(head)):
+                return None
+        found = {}
+        for kind, (text, crc) in texts.items():
+            if crc32(text) != crc:
+                return None
+            found[kind] = bytes(text)
+        return found
 
     def _with_care(self, shard: int, descriptor: int, row: dict[str, Any], slot: int) -> None:
         """Member by member. Raises ``BadSampleError``, or ``ShardError`` where the source stops at damage."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 class UViTPipeline(DiffusionPipeline):
     """``objective`` flow (a rectified flow, Euler steps) or ddpm (DDIM steps); ``prediction``: what the model gives, v, x
-    or epsilon. ``vae`` None: the model draws pixels in [−1, 1]. Text encoder and tokenizer None: no text.
+    or epsilon. ``factor``: pixels per latent, None for a model that draws pixels in [−1, 1] and has no ``vae``.
     ``truncate``: texts that are too long for a frozen encoder are cut, and refused otherwise."""
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -33,13 +33,14 @@ class UViTPipeline(DiffusionPipeline):
         tokenizer: Any = None,
         objective: str = "flow",
         prediction: str = "v",
+        factor: int | None = None,
         truncate: bool = False,
     ) -> None:
         super().__init__()
         self.register_modules(
             transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
         )
-        self.register_to_config(objective=objective, prediction=prediction, truncate=truncate)
+        self.register_to_config(objective=objective, prediction=prediction, factor=factor, truncate=truncate)
 
     def encode_prompt(self, prompts: list[str]) -> tuple[Tensor | None, Tensor | None]:
         """Prompts → features (B, n_txt, E) and, of a frozen encoder, the mask of the tokens to attend to (B, n_txt)."""
@@ -88,7 +89,7 @@ class UViTPipeline(DiffusionPipeline):
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         device, config = self._execution_device, self.transformer.config
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 1
+        factor = self.config.factor or 1
         shape = (
             len(prompts),
             config.channels,
@@ -140,11 +141,13 @@ class UViTPipeline(DiffusionPipeline):
         return scheduler, [(step, float(step) / total) for step in scheduler.timesteps]
 
     def _decode(self, x: Tensor, output_type: str) -> Any:
-        if self.vae is not None:
+        if self.config.factor is not None:
+            if self.vae is None:
+                raise ValueError(
+                    "this folder holds no vae: give one to from_pretrained, or ask for output_type='latent'"
+                )
             config = self.vae.config
             x = self.vae.decode((x / config.scaling_factor + (config.shift_factor or 0.0)).to(self.vae.dtype)).sample
-        elif self.transformer.config.channels != 3:
-            raise ValueError("this folder holds no vae: give one to from_pretrained, or ask for output_type='latent'")
         pixels = (x.float().clamp(-1, 1) + 1) / 2
         if output_type == "pt":
             return pixels

@@ -253,7 +253,9 @@ class EngineGroup(Group):
 
 
 class CheckpointGroup(Group):
-    every: Positive = 500
+    """Every ``every`` steps and at the end; 0: only when a signal stops the run (a benchmark of a large model)."""
+
+    every: Count = 500
     keep_last: Positive = 3
 
 

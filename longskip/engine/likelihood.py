@@ -19,8 +19,9 @@ KL = D/2·(r − 1 − log r) + r/2·(SNR_{k−1} − SNR_k)·‖x0 − x̂0‖�
 for pixels the probability that it gives to the pixel's interval of width 2/255, the first and last open (2006.11239,
 equation 13).
 
-**First noise level**: step 0 of a DDPM; t₀ = ``FLOW_START`` for a flow that predicts v, and ``diffusion.time_floor`` for one
-that predicts x, which training hardly weighs below it.
+**First noise level**: step 0 of a DDPM; a flow's ``start`` t₀ may be chosen, every one gives a bound. By default it is
+``diffusion.time_floor`` for one that predicts x, which training hardly weighs below it, and for one that predicts v 0.001,
+with pixels 0.01: a model that does not know that they are whole levels pays for noise far finer than a level.
 
 **Probability-flow ODE** (2011.13456, section 4.3): the model's deterministic sampler carries N(0, I) to a density whose
 logarithm changes along dy/du by −∇·(dy/du). It runs between the noisiest level and the first one, where the clean sample
@@ -51,7 +52,7 @@ from longskip.engine.inputs import Inputs
 from longskip.errors import ConfigError, DataError, LongskipError
 from longskip.kernels import backends
 
-FLOW_START = 1e-3
+FLOW_START, FLOW_START_OF_PIXELS = 1e-3, 1e-2
 EXACT_DIMS = 256  # divergence "auto" is exact up to so many values a sample
 _DIRECTIONS_AT_ONCE = 32
 _LEVEL = 2 / 255  # width of a pixel's interval in [−1, 1]
@@ -88,14 +89,15 @@ def vlb(
     seed: int = 0,
     samples: Sequence[int] | None = None,
     pixels: bool = False,
+    start: float | None = None,
     variance: Variance = "beta",
 ) -> Estimate:
     """The variational bound on −log p of ``clean`` (B, ...) under the model ``predict(latents (B, ...), time (B,))``.
 
     Estimated at ``n_times`` (even) noise levels, two in each of equal strata of the integral over log t (flow) or log SNR
     (DDPM), which gives the error, and the decoder at an eighth as many draws. ``samples`` (B) number the samples for the
-    random draws, 0 … B−1 by default. ``variance`` is a DDPM's. Raises ConfigError for an odd or small ``n_times``,
-    DataError for ``pixels`` that are none.
+    random draws, 0 … B−1 by default. ``start`` is a flow's, ``variance`` a DDPM's. Raises ConfigError for an odd or small
+    ``n_times`` or a ``start`` that does not fit, DataError for ``pixels`` that are none.
     """
     if n_times < 2 or n_times % 2:
         raise ConfigError(f"{n_times} noise levels for the bound", cure="an even number, 2 or more")
@@ -111,7 +113,7 @@ def vlb(
         predicted = predict(x_t, time.to(clean.dtype)).double()
         return objective.convert(predicted, x_t.double(), time, objective.group.prediction, "x")
 
-    start = first_time(objective)
+    start, spread = (of(objective, pixels=pixels, start=start) for of in (first_time, noise_floor))
     levels = _DdpmLevels(objective, variance) if isinstance(objective, Ddpm) else _FlowLevels(start)
     strata = n_times // 2
     values = torch.empty(n_times, len(clean), dtype=torch.float64)
@@ -123,7 +125,7 @@ def vlb(
     halves = values.view(strata, 2, -1)
     sampled = ((halves[:, 0] - halves[:, 1]).square().sum(0) / 4).sqrt() / strata  # of the mean over strata
 
-    first, spread = torch.full((len(clean),), start, dtype=torch.float64, device=clean.device), noise_floor(objective)
+    first = torch.full((len(clean),), start, dtype=torch.float64, device=clean.device)
     n_decoded = max(2, n_times // 8)
     decoded = torch.stack(
         [
@@ -152,14 +154,16 @@ def ode_log_likelihood(
     atol: float = 1e-5,
     samples: Sequence[int] | None = None,
     pixels: bool = False,
+    start: float | None = None,
 ) -> Estimate:
     """−log p of ``clean`` (B, ...) by the probability-flow ODE, integrated by scipy's adaptive Runge–Kutta 4(5).
 
     ``divergence``: ``exact`` takes D directional derivatives an evaluation, ``hutchinson`` takes ``probes`` (2 or more)
     random ±1 directions, kept along the way, and gives the standard error over them (1810.01367); ``auto`` is exact up
     to ``EXACT_DIMS`` values. Derivatives are forward ones through the kernels' reference definitions. ``samples`` number
-    the samples for the random draws. Raises ConfigError for an unknown divergence or fewer probes, DataError for
-    ``pixels`` that are none, LongskipError when the model's output is not finite or the step size vanishes.
+    the samples for the random draws, ``start`` is a flow's. Raises ConfigError for an unknown divergence, fewer probes or
+    a ``start`` that does not fit, DataError for ``pixels`` that are none, LongskipError when the model's output is not
+    finite or the step size vanishes.
     """
     _check_pixels(clean, pixels)
     dims = clean[0].numel()
@@ -177,7 +181,8 @@ def ode_log_likelihood(
             for k in range(probes)
         ]
         directions = torch.stack(signs).to(clean)  # (probes, B, ...)
-    path = _ddpm_path(objective, predict) if isinstance(objective, Ddpm) else _flow_path(objective, predict)
+    first = first_time(objective, pixels=pixels, start=start)
+    path = _ddpm_path(objective, predict) if isinstance(objective, Ddpm) else _flow_path(objective, predict, first)
     with torch.no_grad(), backends.use("reference"):
         noisy, grown, evaluations = _solve(path, path.enter * clean, directions, rtol, atol)
     noise = path.leave * noisy
@@ -189,16 +194,26 @@ def ode_log_likelihood(
     return Estimate(nats, error, dims, evaluations)
 
 
-def first_time(objective: Objective) -> float:
-    """The time of the first noise level."""
+def first_time(objective: Objective, *, pixels: bool = False, start: float | None = None) -> float:
+    """The time of the first noise level; ConfigError for a ``start`` outside of (0, 1) or with a DDPM."""
     if isinstance(objective, Ddpm):
+        if start is not None:
+            raise ConfigError(f"start {start} of a DDPM's likelihood", cure="leave it out: a DDPM begins at its step 0")
         return 0.0
-    return objective.group.time_floor if objective.group.prediction == "x" else FLOW_START
+    if start is None:
+        own = FLOW_START_OF_PIXELS if pixels else FLOW_START
+        return objective.group.time_floor if objective.group.prediction == "x" else own
+    if not 0 < start < 1:
+        raise ConfigError(
+            f"start {start} of a flow's likelihood", cure="a time above 0 and below 1, 0.001 for instance"
+        )
+    return start
 
 
-def noise_floor(objective: Objective) -> float:
+def noise_floor(objective: Objective, *, pixels: bool = False, start: float | None = None) -> float:
     """σ/α at the first noise level, below which the likelihood does not look."""
-    alpha, sigma = objective.alpha_sigma(torch.tensor([first_time(objective)], dtype=torch.float64))
+    first = first_time(objective, pixels=pixels, start=start)
+    alpha, sigma = objective.alpha_sigma(torch.tensor([first], dtype=torch.float64))
     return float(sigma / alpha)
 
 
@@ -282,14 +297,13 @@ class _Path:
     leave: float
 
 
-def _flow_path(objective: Objective, predict: Predict) -> _Path:
+def _flow_path(objective: Objective, predict: Predict, start: float) -> _Path:
     """y = x_t, u = t: the velocity."""
 
     def velocity(y: Tensor, u: float) -> Tensor:
         time = y.new_full((len(y),), u)
         return objective.convert(predict(y, time), y, time, objective.group.prediction, "v")
 
-    start = first_time(objective)
     return _Path(start, 1.0, velocity, 1 - start, 1.0)
 
 
@@ -377,6 +391,7 @@ def evaluate_likelihood(
     *,
     methods: Sequence[Literal["vlb", "ode"]] = ("vlb", "ode"),
     pixels: bool = False,
+    start: float | None = None,
     n_times: int = 128,
     variance: Variance = "beta",
     divergence: Divergence = "auto",
@@ -408,13 +423,14 @@ def evaluate_likelihood(
         if "vlb" in found:
             bound = vlb(
                 objective, predict, clean,
-                n_times=n_times, seed=seed, samples=numbers, pixels=pixels, variance=variance,
+                n_times=n_times, seed=seed, samples=numbers, pixels=pixels, start=start, variance=variance,
             )  # fmt: skip
             found["vlb"].append(bound)
         if "ode" in found:
             likelihood = ode_log_likelihood(
                 objective, predict, clean,
                 divergence=divergence, probes=probes, seed=seed, rtol=rtol, atol=atol, samples=numbers, pixels=pixels,
+                start=start,
             )  # fmt: skip
             found["ode"].append(likelihood)
     if not any(found.values()):
@@ -426,7 +442,7 @@ def evaluate_likelihood(
         "of": "8-bit pixels" if pixels else "density",
         "bad": bad,
         "dims": dims[0] if len(dims) == 1 else dims,
-        "noise_floor": noise_floor(objective),
+        "noise_floor": noise_floor(objective, pixels=pixels, start=start),
         "seed": seed,
     }
     if "vlb" in found:

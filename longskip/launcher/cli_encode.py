@@ -47,101 +47,83 @@ def encode(
 
     The same command resumes. With RANK and WORLD_SIZE set each rank encodes its share; they need not run together.
     """
-    arguments = dict(locals())
+    with _heard():
+        if finish:
+            _finish(out, max_bad_share, as_json)
+            return
+        if shards is None:
+            raise ConfigError("SHARDS is missing", cure="longskip data encode SHARDS --out DIR --vae PATH --text PATH")
+        for name, value, known in (
+            ("--text-kind", text_kind, ("auto", "t5", "clip")),
+            ("--too-long", too_long, ("error", "truncate")),
+            ("--dtype", dtype, ("fp16", "fp32")),
+            ("--compute", compute, ("fp32", "bf16")),
+            ("--on-damage", on_damage, ("stop", "skip")),
+        ):
+            if value not in known:
+                raise ConfigError(f"{name} {value!r}", cure=f"one of {', '.join(known)}")
+        rank, world = _whole("RANK", 0), _whole("WORLD_SIZE", 1)
+        size, sizes = parse_size(resolution), [parse_size(part) for part in buckets.split(",")] if buckets else []
+
+        import torch
+
+        from longskip.engine.data.encode import encode_shards
+        from longskip.engine.encoders import Encoders
+
+        encoders = Encoders.at(
+            vae,
+            text,
+            size,
+            _device(device),
+            {"fp32": torch.float32, "bf16": torch.bfloat16}[compute],
+            text_kind=text_kind,
+            n_tokens=n_tokens,
+            too_long=too_long,
+        )
+        with _progress(rank) as progress:
+            done = encode_shards(
+                shards,
+                out,
+                encoders,
+                dtype=dtype,
+                batch=batch,
+                buckets=sizes,
+                keep_pictures=keep_pictures,
+                rank=rank,
+                world=world,
+                per_shard=per_shard,
+                workers=workers,
+                max_bad_share=max_bad_share,
+                on_damage=on_damage,
+                progress=progress,
+            )
+        if as_json:
+            print(json.dumps({"out": str(out), "rank": rank, "world": world, **done.to_json()}))
+            return
+        print(
+            f"{done.samples:,} samples in {done.shards} shard(s): {done.encoded} encoded, {done.finished} there before"
+        )
+        for reason, count in done.bad.items():
+            print(f"  left out, {reason}: {count:,}")
+        if not done.complete:
+            print(f"{out} is complete when the other ranks are done; the last one writes its index")
+            return
+        print(f"{out} is complete; train on it with")
+        for line in _settings(out, encoders, size, sizes):
+            print(f"  {line}")
+
+
+@contextmanager
+def _heard() -> Iterator[None]:
+    """Lets every rank say its error: these join no process group, and each may fail in its own way."""
+    rank = os.environ.get("RANK", "0")
     try:
-        _encode(**arguments)
+        yield
     except LongskipError as error:
-        rank = os.environ.get("RANK", "0")
         if rank == "0":
-            raise
-        # Of ranks that joined no process group only the first would be heard, and each may fail in its own way.
+            raise  # told by the command line
         print(f"longskip: [rank {rank}] {error}", file=sys.stderr, flush=True)
         raise typer.Exit(error.exit_code) from None
-
-
-def _encode(
-    shards: Path | None,
-    out: Path,
-    vae: Path | None,
-    text: Path | None,
-    text_kind: Any,
-    resolution: str,
-    buckets: str | None,
-    n_tokens: int | None,
-    too_long: Any,
-    dtype: Any,
-    compute: str,
-    device: str,
-    batch: int,
-    workers: int,
-    per_shard: int,
-    keep_pictures: bool,
-    max_bad_share: float,
-    on_damage: Any,
-    finish: bool,
-    as_json: bool,
-) -> None:
-    if finish:
-        _finish(out, max_bad_share, as_json)
-        return
-    if shards is None:
-        raise ConfigError("SHARDS is missing", cure="longskip data encode SHARDS --out DIR --vae PATH --text PATH")
-    for name, value, known in (
-        ("--text-kind", text_kind, ("auto", "t5", "clip")),
-        ("--too-long", too_long, ("error", "truncate")),
-        ("--dtype", dtype, ("fp16", "fp32")),
-        ("--compute", compute, ("fp32", "bf16")),
-        ("--on-damage", on_damage, ("stop", "skip")),
-    ):
-        if value not in known:
-            raise ConfigError(f"{name} {value!r}", cure=f"one of {', '.join(known)}")
-    rank, world = _whole("RANK", 0), _whole("WORLD_SIZE", 1)
-    size, sizes = parse_size(resolution), [parse_size(part) for part in buckets.split(",")] if buckets else []
-
-    import torch
-
-    from longskip.engine.data.encode import encode_shards
-    from longskip.engine.encoders import Encoders
-
-    encoders = Encoders.at(
-        vae,
-        text,
-        size,
-        _device(device),
-        {"fp32": torch.float32, "bf16": torch.bfloat16}[compute],
-        text_kind=text_kind,
-        n_tokens=n_tokens,
-        too_long=too_long,
-    )
-    with _progress(rank) as progress:
-        done = encode_shards(
-            shards,
-            out,
-            encoders,
-            dtype=dtype,
-            batch=batch,
-            buckets=sizes,
-            keep_pictures=keep_pictures,
-            rank=rank,
-            world=world,
-            per_shard=per_shard,
-            workers=workers,
-            max_bad_share=max_bad_share,
-            on_damage=on_damage,
-            progress=progress,
-        )
-    if as_json:
-        print(json.dumps({"out": str(out), "rank": rank, "world": world, **done.to_json()}))
-        return
-    print(f"{done.samples:,} samples in {done.shards} shard(s): {done.encoded} encoded, {done.finished} there before")
-    for reason, count in done.bad.items():
-        print(f"  left out, {reason}: {count:,}")
-    if not done.complete:
-        print(f"{out} is complete when the other ranks are done; the last one writes its index")
-        return
-    print(f"{out} is complete; train on it with")
-    for line in _settings(out, encoders, size, sizes):
-        print(f"  {line}")
 
 
 def _finish(out: Path, max_bad_share: float, as_json: bool) -> None:

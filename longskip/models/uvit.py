@@ -10,7 +10,6 @@ from functools import partial
 from typing import cast
 
 import torch
-import torch._dynamo.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -228,9 +227,11 @@ class UViT(nn.Module):
         error. Gathering, ``Packed.guard`` and checkpointing stay outside. Dispatch counters do not see the blocks of a
         compiled model, so count another one.
         """
-        # A graph more than this many is an error as well, and the default of 8 is met by two kinds of blocks with and
-        # without gradient and key mask, of a fixed and of a varying number of tokens.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+        from torch._dynamo import config  # here: it takes a second to import
+
+        # One graph more than this is an error as well, and two kinds of blocks with and without gradient and key mask, of
+        # a fixed and of a varying number of tokens are more than the default of 8.
+        config.recompile_limit = max(config.recompile_limit, 32)
         compute = torch.compile(Block.compute, fullgraph=True, backend=backend)
         for block in self.blocks:
             block.compute = partial(compute, block)  # of the class, so that the blocks share their graphs

@@ -99,7 +99,7 @@ def test_features_are_those_of_a_direct_call_sample_by_sample(folder, whole):
     assert len(features) == 10
     for i in range(10):
         raw = source.read(i)
-        pixels = torch.from_numpy(decode_image(raw.image, resolution=(32, 32))).double() / 127.5 - 1
+        pixels = torch.tensor(decode_image(raw.image, resolution=(32, 32))).double() / 127.5 - 1
         captions = [text for text, _ in raw.captions]
         given = tokenizer(captions, padding="max_length", max_length=20, return_tensors="pt")
         with torch.no_grad():
@@ -461,7 +461,7 @@ def test_buckets_take_each_picture_at_its_nearest_shape(folder, tmp_path):
         latent = array(features, i, "latent.npy")
         assert latent.shape == (4, wanted[0] // 8, wanted[1] // 8)
         assert (table["latent_height"][i], table["latent_width"][i]) == latent.shape[1:]
-        pixels = torch.from_numpy(decode_image(source.read(i).image, resolution=wanted)).float() / 127.5 - 1
+        pixels = torch.tensor(decode_image(source.read(i).image, resolution=wanted)).float() / 127.5 - 1
         expected = encoders.encode_images(pixels.permute(2, 0, 1)[None])[0].numpy()
         np.testing.assert_allclose(latent, expected, rtol=2e-3, atol=1e-4)
         assert features.key(i) == f"s{i:03d}"
@@ -568,7 +568,7 @@ def command(*arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
-def test_the_command_encodes_by_rank_and_finishes(folder, tmp_path, capsys, monkeypatch):
+def test_the_command_encodes_by_rank_and_finishes(folder, whole, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     typed = [
         str(folder / "shards"), "--out", str(out), "--vae", str(folder / "vae"), "--text", str(folder / "t5"),
@@ -591,14 +591,12 @@ def test_the_command_encodes_by_rank_and_finishes(folder, tmp_path, capsys, monk
         "encoders.text.width=32",
     ):
         assert line in printed
-    before = tree(out)
     assert command("--out", str(out), "--finish", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"out": str(out), "samples": 10, "shards": 3, "complete": True}
-    assert tree(out) == before == tree(folder / "whole") if (folder / "whole").exists() else before
+    assert tree(out) == tree(whole)
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("WORLD_SIZE")
-    typed[typed.index("t5") if "t5" in typed else typed.index(str(folder / "t5"))] = str(folder / "clip")
-    assert command(*typed) == 2
+    assert command(*typed, "--dtype", "fp32") == 2
     assert "encoded with other settings" in capsys.readouterr().err
 
 
@@ -635,9 +633,6 @@ def test_what_is_typed_wrongly_is_said(folder, tmp_path, capsys, monkeypatch, ar
 def test_sizes_are_read():
     assert parse_size("256") == (256, 256)
     assert parse_size(" 192X320") == (192, 320)
-    for text in ("", "x", "0", "12x", "1x2x3", "-4", "4.5", "999999", "٣"):
-        if text == "٣":
-            assert parse_size(text) == (3, 3)
-            continue
+    for text in ("", "x", "0", "12x", "1x2x3", "-4", "4.5", "999999"):
         with pytest.raises(ConfigError):
             parse_size(text)

@@ -157,6 +157,7 @@ def test_latents_are_the_scaled_mean_and_decoding_inverts_the_scaling(folders, n
         mean = model.encode(pictures).latent_dist.mode()
         expected = model.decode(mean).sample.clamp(-1, 1)
         exact = model.double().encode(pictures.double()).latent_dist.mean
+    assert torch.equal(latents, encoder.encode_images(pictures.to(memory_format=torch.channels_last)))
     assert latents.shape == ((2, 4, 4, 6) if name == "vae" else (2, 6, 8, 12))
     assert torch.equal(latents, (mean - shift) * scale)
     torch.testing.assert_close(latents.double(), (exact - shift) * scale, rtol=1e-3, atol=1e-5)

@@ -16,7 +16,9 @@ class Mixture:
     def __init__(self, weights: list[float], means: list[list[float]], covariances: list[list[list[float]]]) -> None:
         self.log_weights = torch.tensor(weights, dtype=torch.float64).log()
         self.means = torch.tensor(means, dtype=torch.float64)  # (K, D)
-        self.variances, self.axes = torch.linalg.eigh(torch.tensor(covariances, dtype=torch.float64))  # (K, D), (K, D, D)
+        self.variances, self.axes = torch.linalg.eigh(
+            torch.tensor(covariances, dtype=torch.float64)
+        )  # (K, D), (K, D, D)
 
     @classmethod
     def gaussian(cls, mean: list[float], covariance: list[list[float]]) -> Mixture:

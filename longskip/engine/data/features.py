@@ -148,6 +148,10 @@ class _Wanted(NamedTuple):
         return fits
 
 
+_Layout = list[tuple[str, int, _Wanted | None]]
+"""(kind, where a record has its offset, size and crc32, where it goes if it is an array) in the order of the file."""
+
+
 def _wanted(kind: str, array: np.ndarray, *, captions: bool) -> _Wanted:
     shape = array.shape[1:]
     flat, stride = array.reshape(-1).view(np.uint8).data, array[0].nbytes
@@ -165,6 +169,8 @@ def read_features(
     ``feature_format``, ``feature_too_large``, captions' reasons, and ``shard_crc`` where the source skips damage;
     their slots are left with any content. Raises ``ShardError`` where the source stops at damage.
     """
+    if not len(samples):
+        return
     batch = _Batch(source, into, choose)
     order = np.argsort(samples, kind="stable")  # a shard's samples together, in the order of the file
     shards, rows = source.locate(samples[order])
@@ -189,33 +195,42 @@ class _Batch:
             self.wanted[TEXT] = _wanted(TEXT, into.text, captions=True)
             self.wanted[MASK] = _wanted(MASK, into.mask, captions=True)
         self.aside = memoryview(bytearray(_ASIDE))
+        self.layouts: dict[tuple[str, ...], _Layout] = {}
 
     def read(self, shard: int, rows: np.ndarray, slots: Sequence[int]) -> None:
-        into = self.into
+        into, wants_text = self.into, self.into.text is not None
         descriptor, table, names = self.source.opened(shard)
         records = table[rows].tolist()
-        places = {kind: names.index(f"{kind}_offset") for kind in self.wanted if f"{kind}_offset" in names}
-        texts = {kind: names.index(f"{kind}_offset") for kind in ("txt", "json") if f"{kind}_offset" in names}
-        # Members stand in the same order in all samples, or else the sample is read with care.
-        order = sorted((places | texts).items(), key=lambda item: records[0][item[1]])
-        layout = [(kind, place, self.wanted.get(kind)) for kind, place in order]
-        whole = len(places) == len(self.wanted) and hasattr(os, "preadv")
+        layout = self.layouts.get(names)
+        if layout is None:
+            layout = self.layouts[names] = self._layout(names, records[0])
         for slot, record in zip(slots, records, strict=True):
             into.keys[slot] = record[0].decode("utf-8", "replace")
             try:
-                read = self._at_once(descriptor, record, layout, slot) if whole else None
-                if read is None:
+                texts = self._at_once(descriptor, record, layout, slot)
+                if texts is None:
                     self._with_care(shard, descriptor, dict(zip(names, record, strict=True)), slot)
                     continue
-                captions = captions_of(read.get("txt"), read.get("json"))
-                if len(captions) > 1 and into.text is not None:
+                captions = captions_of(texts.get("txt"), texts.get("json"))
+                if len(captions) == 1:
+                    into.captions[slot] = captions[0][0]
+                elif wants_text:
                     raise _rows_differ(TEXT, 1, captions)
-                into.captions[slot] = captions[self.choose(slot, captions)][0]
+                else:
+                    into.captions[slot] = captions[self.choose(slot, captions)][0]
             except BadSampleError as error:
                 into.bad[slot] = error
 
+    def _layout(self, names: tuple[str, ...], record: Sequence[Any]) -> _Layout:
+        """The members to read, as they follow each other in this sample; in another order they are read with care."""
+        kinds = [kind for kind in (*self.wanted, "txt", "json") if f"{kind}_offset" in names]
+        if len(self.wanted.keys() & set(kinds)) < len(self.wanted) or not hasattr(os, "preadv"):
+            return []
+        places = sorted((names.index(f"{kind}_offset"), kind) for kind in kinds)
+        return [(kind, place, self.wanted.get(kind)) for place, kind in sorted(places, key=lambda at: record[at[0]])]
+
     def _at_once(
-        self, descriptor: int, record: Sequence[Any], layout: list[tuple[str, int, _Wanted | None]], slot: int
+        self, descriptor: int, record: Sequence[Any], layout: _Layout, slot: int
     ) -> dict[str, bytes] | None:
         """The sample's texts, its arrays read to their slots; None where anything is unusual."""
         aside = self.aside
@@ -251,7 +266,7 @@ class _Batch:
                 arrays.append((aside[begin:end], row, crc, wanted))
             used, position = end, offset + size
         try:
-            if os.preadv(descriptor, pieces, start) != position - start:
+            if not arrays or os.preadv(descriptor, pieces, start) != position - start:
                 return None
         except OSError:
             return None

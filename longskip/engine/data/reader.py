@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from longskip.engine.data.buffers import Buffers
 from longskip.engine.data.captions import Captions
 from longskip.engine.data.decode import MAX_PIXELS, decode_image
-from longskip.engine.data.draws import Draws
+from longskip.engine.data.draws import Draws, generator
 from longskip.engine.data.features import FeatureBatch, FeatureLayout
 from longskip.engine.data.plan import Cursor, Plan
 from longskip.engine.data.sources import FeatureSource, Source
@@ -84,7 +84,7 @@ class Assembler:
     ``resolution`` and ``latent_shape`` are (H, W) in pixels and the model's (C, H, W). Where the source holds latents
     they are read as stored, unless the model's input is pixels and there are pictures. Without a ``vocabulary`` stored
     text features are read where ``n_txt`` is above 0, and captions are handed on as they are. ``crop`` is ``"centre"``
-    or ``"random"``; ``flip`` mirrors half of the samples; neither applies to latents. A caption past ``n_txt`` tokens
+    or ``"random"``; ``flip`` mirrors half of the samples; both are of pictures. A caption past ``n_txt`` tokens
     makes a bad sample (``text_too_long``) when ``too_long`` is ``"error"``, and is cut when it is ``"truncate"``.
 
     Raises ``ConfigError`` for impossible settings (``EncoderError`` for stored features of other shapes) and
@@ -121,6 +121,11 @@ class Assembler:
         if layout is None or (self.latent_shape == (3, *self.resolution) and layout.pictures):
             return
         object.__setattr__(self, "features", layout)
+        if self.flip or self.crop == "random":
+            raise ConfigError(
+                f"the data hold latents, which are neither mirrored nor cut; flip is {self.flip}, crop {self.crop}",
+                cure="set data.flip: false and data.crop: centre, or train on the pictures",
+            )
         if self.latent_shape not in (None, layout.latent):
             raise EncoderError(
                 f"the data hold latents of the shape {layout.latent}, the model takes {self.latent_shape}",
@@ -201,10 +206,9 @@ class Assembler:
             dtype = layout.text_dtype or layout.latent_dtype
             content.conditions["text"], into.text = self._buffers.tensor((count, *layout.text), dtype)
             into.mask = np.empty((count, self.n_txt), dtype=np.uint8)
-        draws = Draws(self.seed, "caption")
 
         def choose(slot: int, captions: Captions) -> int:
-            return weighted_choice(captions, draws, int(epochs[slot]), int(samples[slot]))
+            return self._choose(captions, int(epochs[slot]), int(samples[slot]))
 
         cast(FeatureSource, self.source).read_features(range(count), samples, into, choose)
         self._tell(epochs, samples, content)
@@ -223,12 +227,12 @@ class Assembler:
         count, (height, width) = len(samples), self.resolution
         clean, pixels = self._buffers.tensor((count, 3, height, width), np.float32)
         content = _Content(clean, {}, [""] * count, [""] * count, np.zeros(count, dtype=bool), {})
-        draws = {purpose: Draws(self.seed, purpose) for purpose in ("caption", "flip", "crop")}
+        draws = {purpose: Draws(self.seed, purpose) for purpose in ("flip", "crop")}
         for i, (epoch, sample) in enumerate(zip(epochs.tolist(), samples.tolist(), strict=True)):
             try:
                 raw = self.source.read(sample)
                 content.keys[i] = raw.key
-                content.captions[i] = raw.captions[weighted_choice(raw.captions, draws["caption"], epoch, sample)][0]
+                content.captions[i] = raw.captions[self._choose(raw.captions, epoch, sample)][0]
                 flip = self.flip and bool(draws["flip"].of(epoch, sample).random() < 0.5)
                 crop = None
                 if self.crop == "random":
@@ -238,39 +242,48 @@ class Assembler:
                     raw.image, resolution=self.resolution, max_pixels=self.max_pixels, flip=flip, crop=crop
                 )
                 np.multiply(picture.transpose(2, 0, 1), np.float32(1 / 127.5), out=pixels[i])
+                pixels[i] -= np.float32(1.0)
             except BadSampleError as error:
                 content.keys[i] = self.source.key(sample)
                 content.bad[i] = error
-        pixels -= np.float32(1.0)
         self._tell(epochs, samples, content)
         pixels[[*content.bad]] = 0.0
         return content
 
     def _tell(self, epochs: np.ndarray, samples: np.ndarray, content: _Content) -> None:
-        """Dropout, and the tokens of the captions that are left; bad samples lose theirs."""
-        tokens = None if self.vocabulary is None else np.zeros((len(samples), self.n_txt), dtype=np.int64)
-        draws = Draws(self.seed, "dropout")
-        for i, (epoch, sample) in enumerate(zip(epochs.tolist(), samples.tolist(), strict=True)):
-            if i not in content.bad:
-                try:
-                    # The caption is encoded even where dropout takes it, so that a bad one is bad in every epoch.
-                    ids = self._ids(content.captions[i])
-                    if self.caption_dropout > 0.0 and draws.of(epoch, sample).random() < self.caption_dropout:
-                        content.dropped[i] = True
-                        content.captions[i], ids = "", self._ids("")
-                    if tokens is not None:
-                        tokens[i] = ids
-                except BadSampleError as error:
-                    content.bad[i] = error
-            if i in content.bad:
-                content.captions[i] = ""
-        if tokens is not None:
+        """Tokens and dropout; bad samples lose their captions."""
+        bad, captions, vocabulary = content.bad, content.captions, self.vocabulary
+        truncate = self.too_long == "truncate"
+        tokens = np.zeros((len(samples), self.n_txt), dtype=np.int64)
+        if vocabulary is not None:
             content.conditions["tokens"] = torch.from_numpy(tokens)
+            # Before dropout, which takes some of them, so that a bad caption is bad in every epoch.
+            for i in range(len(samples)):
+                if i not in bad:
+                    try:
+                        tokens[i] = vocabulary.encode(captions[i], self.n_txt, truncate=truncate)
+                    except BadSampleError as error:
+                        bad[i] = error
+        if self.caption_dropout > 0.0:
+            draws = Draws(self.seed, "dropout")
+            for i, (epoch, sample) in enumerate(zip(epochs.tolist(), samples.tolist(), strict=True)):
+                if i not in bad and draws.of(epoch, sample).random() < self.caption_dropout:
+                    content.dropped[i], captions[i] = True, ""
+                    if vocabulary is not None:
+                        tokens[i] = vocabulary.encode("", self.n_txt, truncate=truncate)
+        for i in bad:
+            captions[i] = ""
 
-    def _ids(self, text: str) -> np.ndarray | int:
-        if self.vocabulary is None:
+    def _choose(self, captions: Captions, epoch: int, sample: int) -> int:
+        """Which caption a sample takes in an epoch, by the weights' shares; one alone needs no draw."""
+        if len(captions) == 1:
             return 0
-        return self.vocabulary.encode(text, self.n_txt, truncate=self.too_long == "truncate")
+        at = generator(self.seed, epoch, sample, "caption").random() * math.fsum(weight for _, weight in captions)
+        for i, (_, weight) in enumerate(captions):
+            at -= weight
+            if at < 0:
+                return i
+        return len(captions) - 1
 
 
 @dataclass
@@ -285,23 +298,11 @@ class _Content:
     bad: dict[int, BadSampleError]
 
 
-def weighted_choice(captions: Captions, draws: Draws, epoch: int, sample: int) -> int:
-    """Which caption a sample takes in an epoch, by the weights' shares; one alone needs no draw."""
-    if len(captions) == 1:
-        return 0
-    at = draws.of(epoch, sample).random() * math.fsum(weight for _, weight in captions)
-    for i, (_, weight) in enumerate(captions):
-        at -= weight
-        if at < 0:
-            return i
-    return len(captions) - 1
-
-
 class Reader:
     """An endless iterator over global steps; each item is the list of this rank's ``accumulation`` micro-batches.
 
     ``cursor`` is where to begin, and at any time where the step after the last one handed out begins: what a checkpoint
-    saves. ``workers`` = 0 assembles in a thread of this process, otherwise in that many processes (``start_method``:
+    saves. ``workers`` = 0 assembles in threads of this process, otherwise in that many processes (``start_method``:
     ``spawn``, or ``forkserver``, which starts faster but ends when a whole process group is told to terminate);
     the order never depends on them. ``data_wait_seconds`` adds up the time that the consumer waited.
 

@@ -30,7 +30,7 @@ EXTRAS = {
     "fa4": ["flash-attn-4"],
     "hub": ["diffusers", "transformers"],
     "track": ["wandb", "mlflow"],
-    "eval": ["torchmetrics"],
+    "eval": ["torchmetrics>=1.4"],  # not torchmetrics[image]: it needs torchvision
     # Shards at http(s):// and s3:// URLs. webdataset's transport needs the program curl instead.
     "remote": ["fsspec[http]>=2024.2", "s3fs>=2024.2"],
     "dev": [

@@ -8,6 +8,7 @@ what they make are those of the real ones), then ``longskip launch`` trains on t
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,13 +40,14 @@ def make_features(out: Path, count: int) -> None:
 
 
 def main() -> None:
+    shutil.rmtree(Path("runs") / "rehearsal", ignore_errors=True)
     with tempfile.TemporaryDirectory() as name:
         features = Path(name) / "features"
         make_features(features, 64)
         longskip(
             "launch", "--local", "2", "--", "train", "configs/uvit-0.3b.yaml", f"data.path={features}",
             "train.name=rehearsal", f"train.steps={STEPS}", "train.batch_size=4", "train.dtype=fp32",
-            "optim.warmup_steps=0", "logging.every=1", "checkpoint.every=0", "eval.every=0",
+            "optim.warmup_steps=10", "logging.every=1", "checkpoint.every=0", "eval.every=0",
         )  # fmt: skip
     lines = [json.loads(line) for line in (Path("runs") / "rehearsal" / "metrics.jsonl").read_text("utf-8").splitlines()]
     run = json.loads((Path("runs") / "rehearsal" / "run.json").read_text("utf-8"))

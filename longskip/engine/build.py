@@ -177,6 +177,8 @@ def build_engine(
     ema_device = torch.device("cpu") if config.engine.ema_device == "cpu" else None
     optimizer = AdamW(parameter_groups(model, config.optim.weight_decay), config.optim, ema_device)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    if config.engine.compile:
+        model.backbone.compile_blocks()
     shards = Shards(engine, optimizer, stage)
     if dtype != torch.float32:
         set_initial(shards, config.train.seed)  # DeepSpeed made the fp32 masters from rounded values

@@ -84,7 +84,8 @@ class DataGroup(Group):
     ``buckets``: pictures are sorted by aspect ratio into these (H, W) pixels (``auto``: a usual set of the resolution's
     area), and every global batch is of one bucket. ``shuffle``: ``full`` reads anywhere in local shards, ``window``
     permutes shards and shuffles within ``window_shards`` of them, which streams. ``remote`` names what fetches shards
-    from a URL into ``cache``.
+    from a URL into ``cache``. ``captions``: shares of the fields of ``KEY.json`` (``txt``: of ``KEY.txt``) that captions
+    are drawn from, e.g. ``{caption: 0.5, long_caption: 0.5}``; empty: the data's own captions and weights.
     """
 
     path: str = ""
@@ -93,6 +94,7 @@ class DataGroup(Group):
     workers: Count = 0
     flip: bool = False
     crop: Literal["centre", "random"] = "centre"
+    captions: dict[str, Above] = {}
     buckets: Literal["off", "auto"] | tuple[tuple[Positive, Positive], ...] = "off"
     shuffle: Literal["full", "window"] = "full"
     window_shards: Positive = 8
@@ -272,7 +274,9 @@ class EvalGroup(Group):
     """Validation loss on ``samples`` pictures with fixed noise and times in ``time_bins`` bins, every ``every`` steps.
 
     ``judge``: how ``longskip evaluate`` scores drawn pictures: ``shapes`` reads them with the programmatic judge,
-    ``nearest`` asks whether the nearest training picture is the captioned one.
+    ``nearest`` asks whether the nearest training picture is the captioned one. ``stats`` (a file of ``longskip data
+    stats``) and ``network``, the feature network that made it, give FID and KID; ``clip``, a CLIP's folder, gives the
+    CLIP score; ``count`` pictures are drawn for them. ``likelihood_count`` samples have their likelihood found.
     """
 
     every: Count = 500
@@ -281,6 +285,11 @@ class EvalGroup(Group):
     judge: Literal["shapes", "nearest", "none"] = "none"
     judge_count: Annotated[int, BeforeValidator(_whole), Field(ge=2)] = 200
     judge_objects: Literal[1, 2] = 1
+    stats: str | None = None
+    network: str | None = None
+    clip: str | None = None
+    count: Annotated[int, BeforeValidator(_whole), Field(ge=2)] = 10_000
+    likelihood_count: Positive = 64
     sampler: Literal["auto", "euler", "heun", "ddim", "dpm++"] = "auto"
     sample_steps: Positive = 25
     guidance: Rate = 3.0
@@ -338,6 +347,8 @@ class Config(Group):
             raise ValueError("deepspeed.offload_optimizer cpu needs zero_stage 1, 2 or 3; it is 0")
         if self.data.path and self.data.mix:
             raise ValueError("data.path and data.mix are both set; give one of them")
+        if self.data.buckets != "off":
+            _ = self.buckets  # raises ConfigError for buckets that the model cannot take
         if self.diffusion.objective == "flow" and self.diffusion.prediction == "epsilon":
             raise ValueError("diffusion.prediction epsilon goes with objective ddpm; flow predicts v or x")
         spec = self.backbone()  # raises SpecError with its cure before anything is built
@@ -364,6 +375,13 @@ class Config(Group):
         """Pixels (H, W); the preset's latent size times the autoencoder's factor where none is given."""
         height, width = preset(self.model.preset).latent_size
         return self.model.resolution or (height * self.factor, width * self.factor)
+
+    @property
+    def buckets(self) -> tuple[tuple[int, int], ...]:
+        """The aspect buckets (H, W) in pixels that ``data.buckets`` means; none where there are none."""
+        from longskip.engine.data.buckets import resolve_buckets  # numpy, which a run without buckets need not wait for
+
+        return resolve_buckets(self.data.buckets, self.resolution, self.factor * self.backbone().patch)
 
     @property
     def factor(self) -> int:

@@ -1,30 +1,31 @@
-"""``longskip evaluate``: a checkpoint's loss per time bin and the judge's verdict, as ``eval/step-N.json``."""
+"""``longskip evaluate``: a checkpoint's loss per time bin, verdicts and scores of drawn pictures, and likelihood.
+
+One command's result is ``eval/step-N.json``; another command at the same step replaces it.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from longskip.engine.config import Config
-from longskip.engine.data.decode import decode_image
-from longskip.engine.data.draws import generator
-from longskip.engine.data.judge import judge, score
-from longskip.engine.data.scenes import Scene, captions, sample_scene
-from longskip.engine.data.sources import Source, open_source
-from longskip.engine.diffusion import Flow
+from longskip.engine.diffusion import objective_of
 from longskip.engine.distributed import World
 from longskip.engine.drawing import Drawing
-from longskip.engine.grids import make_grid
+from longskip.engine.inputs import open_data
+from longskip.engine.judging import judge_nearest, judge_shapes
+from longskip.engine.likelihood import batches_of, evaluate_likelihood
 from longskip.engine.runs import write_atomic
-from longskip.engine.sample import Loaded, draw_prompts, load_run
+from longskip.engine.sample import Loaded, load_run
+from longskip.engine.scoring import Judges, prompts_of, score_drawn
 from longskip.engine.validation import Validation
-from longskip.errors import BadSampleError, ConfigError, DataError
+from longskip.errors import ConfigError
 
-SHOWN = 32
+JUDGES = ("shapes", "nearest", "none")
+LIKELIHOODS = ("vlb", "ode")
 
 
 def evaluate(
@@ -38,29 +39,49 @@ def evaluate(
     count: int | None = None,
     seed: int = 0,
     kind: str | None = None,
+    statistics: str | None = None,
+    network: str | None = None,
+    clip: str | None = None,
+    likelihood: Sequence[str] = (),
+    progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
     """Score a checkpoint of ``run`` and write ``eval/step-N.json``; what is not given comes from the configuration.
 
-    The result names checkpoint, weights, sampler, steps, guidance, seed and count, so that no figure stands without them.
+    The result names checkpoint, weights, sampler, steps, guidance, seed and counts, and the hashes of network,
+    statistics and CLIP, so that no figure stands without them. ``count`` is how many pictures every score draws and how
+    many samples likelihood (``vlb``, ``ode``) is found of; ``progress`` hears how many were drawn for FID, KID and CLIP.
+    All that can be refused is refused before anything is computed.
     """
     loaded = load_run(run, which=which, weights=weights)
     config = loaded.config
     kind = kind or config.eval.judge
-    if kind not in ("shapes", "nearest", "none"):
-        raise ConfigError(f"judge {kind!r}", cure="one of shapes, nearest, none")
-    if kind == "none" and not config.data.validation:
+    if kind not in JUDGES:
+        raise ConfigError(f"judge {kind!r}", cure=f"one of {', '.join(JUDGES)}")
+    for method in likelihood:
+        if method not in LIKELIHOODS:
+            raise ConfigError(f"likelihood {method!r}", cure=f"one of {', '.join(LIKELIHOODS)}")
+    if likelihood and not config.data.validation:
+        raise ConfigError(f"likelihood is of validation samples, and {run} names none", cure="set data.validation")
+    how = Drawing.of(config.eval, config.diffusion, sampler=sampler, steps=steps, guidance=guidance, seed=seed)
+    judges = Judges.of(config, loaded.device, statistics=statistics, network=network, clip=clip)
+    if kind == "none" and not judges and not config.data.validation:
         raise ConfigError(
-            f"there is nothing to evaluate: {run} names no data.validation and no eval.judge",
+            f"there is nothing to evaluate: {run} names no data.validation, eval.judge, eval.stats or eval.clip",
             cure="longskip evaluate RUN --judge nearest asks whether the training pictures come back; "
             "data.validation gives a loss",
         )
-    how = Drawing.of(config.eval, config.diffusion, sampler=sampler, steps=steps, guidance=guidance, seed=seed)
+    if (kind != "none" or judges) and not loaded.inputs.pictures:
+        raise ConfigError(
+            "encoders.vae.path is not set, and pictures are to be drawn", cure="set it in the run's config.yaml"
+        )
+    judged, scored = count or config.eval.judge_count, count or config.eval.count
+    prompts = prompts_of(config, loaded.inputs, scored, seed) if judges else None
     result: dict[str, Any] = {
         "step": loaded.step,
         "checkpoint": loaded.checkpoint.name,
         "weights": weights,
         **how.to_json(),
-        "count": count or config.eval.judge_count,
+        "count": judged if kind != "none" else scored if judges else 0,
         "judge_kind": kind,
     }
     if config.data.validation:
@@ -69,19 +90,23 @@ def evaluate(
     folder.mkdir(exist_ok=True)
     name = f"step-{loaded.step:08d}"
     if kind == "shapes":
-        result["judge"] = _judge_shapes(loaded, how, result["count"], folder / f"{name}.png")
+        result["judge"] = judge_shapes(loaded, how, judged, folder / f"{name}.png")
     elif kind == "nearest":
-        result["nearest"] = _judge_nearest(loaded, how, result["count"], folder / f"{name}.png")
+        result["nearest"] = judge_nearest(loaded, how, judged, folder / f"{name}.png")
+    if prompts is not None:
+        result |= score_drawn(loaded, how, judges, prompts, progress)
+    if likelihood:
+        result["likelihood"] = _likelihood(loaded, likelihood, count or config.eval.likelihood_count, seed)
     write_atomic(folder / f"{name}.json", json.dumps(result, indent=1))
     return result
 
 
 def _loss(loaded: Loaded) -> dict[str, Any]:
     config = loaded.config
-    world = World(0, 1, 0, loaded.device)
-    validation = Validation(config, world, loaded.inputs, open_source(config.data.validation or config.data.path))
+    source = open_data(config, config.data.validation or "")
+    validation = Validation(config, World(0, 1, 0, loaded.device), loaded.inputs, source)
     with torch.no_grad():
-        values = validation.loss_of(loaded.model, Flow(config.diffusion))
+        values = validation.loss_of(loaded.model, objective_of(config.diffusion))
     return {
         "mean": values["validation/loss"],
         "bins": values["validation/loss_bins"],
@@ -90,87 +115,15 @@ def _loss(loaded: Loaded) -> dict[str, Any]:
     }
 
 
-def judged_scenes(config: Config, count: int, seed: int, *, held_out: bool) -> list[tuple[Scene, str]]:
-    """``count`` scenes with one phrasing each, all seen in training or all held out, a function of ``seed``."""
-    chosen = []
-    for i in range(count):
-        rng = generator(seed, int(held_out), i, "judge")
-        scene = sample_scene(rng, config.eval.judge_objects, held_out)
-        phrasings = captions(scene)
-        chosen.append((scene, phrasings[int(rng.integers(len(phrasings)))]))
-    return chosen
-
-
-def _judge_shapes(loaded: Loaded, how: Drawing, count: int, sheet: Path) -> dict[str, Any]:
-    """Half of ``count`` prompts are combinations that training saw, half are held-out ones."""
-    result: dict[str, Any] = {}
-    shown: list[np.ndarray] = []
-    texts: list[str] = []
-    refused: list[dict[str, str]] = []
-    for name, held_out, n in (("seen", False, count - count // 2), ("held_out", True, count // 2)):
-        chosen = judged_scenes(loaded.config, n, how.seed, held_out=held_out)
-        pictures = draw_prompts(loaded, [text for _, text in chosen], how)
-        result[name] = score(list(pictures), [scene for scene, _ in chosen])
-        for i, (picture, (scene, text)) in enumerate(zip(pictures, chosen, strict=True)):
-            verdict = judge(picture, scene)
-            if not verdict.full:
-                refused.append({"part": name, "prompt": text, "seen": verdict.seen})
-            if i < SHOWN // 2:
-                shown.append(picture)
-                texts.append(text if verdict.full else f"✗ {text} (read: {verdict.seen})")
-    make_grid(shown, texts, columns=8, scale=max(1, 96 // shown[0].shape[1])).save(sheet)
-    return result | {"refused": refused, "examples": sheet.name}
-
-
-def _judge_nearest(loaded: Loaded, how: Drawing, count: int, sheet: Path) -> dict[str, Any]:
-    """For ``count`` training captions: is the captioned one the nearest to the drawn picture among the ``count`` asked?
-
-    Chance is 1/count; ``share_among_all`` asks the same among all training pictures. Distance is Euclidean over pixels;
-    captions that stand at several pictures are not asked.
-    """
+def _likelihood(loaded: Loaded, methods: Sequence[str], count: int, seed: int) -> dict[str, Any]:
     config = loaded.config
-    source = open_source(config.data.path)
-    pictures, texts = _training_pictures(source, config.resolution)
-    unique = [i for i, text in enumerate(texts) if texts.count(text) == 1]
-    if not unique:
-        raise DataError(f"{config.data.path} has no caption that stands at one picture only")
-    order = generator(how.seed, 0, 0, "nearest").permutation(len(unique))[:count]
-    asked = [unique[int(i)] for i in order]
-    drawn = draw_prompts(loaded, [texts[i] for i in asked], how)
-    nearest = _nearest(drawn, pictures)
-    among_asked = _nearest(drawn, pictures[asked])
-    hits = [asked[int(place)] == index for place, index in zip(among_asked, asked, strict=True)]
-    hits_among_all = [int(place) == index for place, index in zip(nearest, asked, strict=True)]
-    shown, labels = [], []
-    for picture, index, hit in list(zip(drawn, asked, hits, strict=True))[:SHOWN]:
-        shown.append(np.concatenate([picture, pictures[index]], axis=1))
-        labels.append(texts[index] if hit else f"✗ {texts[index]}")
-    make_grid(shown, labels, columns=8, scale=max(1, 64 // shown[0].shape[0])).save(sheet)
-    return {
-        "count": len(asked),
-        "hits": sum(hits),
-        "share": sum(hits) / len(hits),
-        "chance": 1 / len(asked),
-        "among_all": len(pictures),
-        "share_among_all": sum(hits_among_all) / len(hits),
-        "examples": sheet.name,
-    }
-
-
-def _nearest(drawn: np.ndarray, pictures: np.ndarray) -> np.ndarray:
-    """For each of (N, H, W, 3) the place of the nearest of (M, H, W, 3), Euclidean over pixels."""
-    ours = drawn.reshape(len(drawn), -1).astype(np.float64)
-    theirs = pictures.reshape(len(pictures), -1).astype(np.float64)
-    return np.argmin((theirs**2).sum(1) - 2 * ours @ theirs.T, axis=1)
-
-
-def _training_pictures(source: Source, resolution: tuple[int, int]) -> tuple[np.ndarray, list[str]]:
-    pictures, texts = [], []
-    for i in range(len(source)):
-        try:
-            raw = source.read(i)
-            pictures.append(decode_image(raw.image, resolution=resolution))
-        except BadSampleError:
-            continue
-        texts.append(raw.captions[0][0])
-    return np.stack(pictures), texts
+    source = open_data(config, config.data.validation or "")
+    found = evaluate_likelihood(
+        objective_of(config.diffusion),
+        loaded.model,
+        batches_of(loaded.inputs, source, count),
+        methods=[method for method in LIKELIHOODS if method in methods],  # type: ignore[misc]
+        pixels=config.encoders.vae.kind == "none",
+        seed=seed,
+    )
+    return found | {"data": config.data.validation, "fingerprint": source.fingerprint()}

@@ -86,7 +86,7 @@ class _ScriptNetwork(FeatureNetwork):
                 warnings.simplefilter("ignore", DeprecationWarning)  # torch writes no such files any more; they stay
                 self.module = torch.jit.load(str(path), map_location=self.device).eval()
             arguments = [argument.name for argument in self.module.forward.schema.arguments]
-        except (RuntimeError, ValueError, OSError, AttributeError) as error:
+        except (RuntimeError, torch.jit.Error, ValueError, OSError, AttributeError) as error:
             raise EncoderError(
                 f"{path} is no TorchScript network: {_first_line(error)}",
                 cure="name a file that torch.jit.save wrote, or a CLIP's folder",
@@ -106,7 +106,7 @@ class _ScriptNetwork(FeatureNetwork):
         prepared = torch.from_numpy(resized(pictures, self.size)).to(self.device)
         try:
             found = self.module(prepared, **self.options)
-        except RuntimeError as error:  # a script's exceptions, whatever they are in it
+        except (RuntimeError, torch.jit.Error) as error:  # torch's, and what the script itself raises
             raise EncoderError(
                 f"{self.path} fails on pictures {tuple(prepared.shape)} in [0, 255]: {_first_line(error)}"
             ) from error

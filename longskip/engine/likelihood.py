@@ -37,24 +37,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from scipy.integrate import RK45
 from torch import Tensor
 
 from longskip.engine.data.draws import generator
-from longskip.engine.data.reader import MicroBatch
-from longskip.engine.data.sources import Source
 from longskip.engine.diffusion import Ddpm, Objective, Predict
-from longskip.engine.inputs import Inputs
+from longskip.engine.ode import ddpm_path, flow_path, solve
 from longskip.errors import ConfigError, DataError, LongskipError
 from longskip.kernels import backends
 
+if TYPE_CHECKING:
+    from longskip.engine.data.reader import MicroBatch
+    from longskip.engine.data.sources import Source
+    from longskip.engine.inputs import Inputs
+
 FLOW_START, FLOW_START_OF_PIXELS = 1e-3, 1e-2
 EXACT_DIMS = 256  # divergence "auto" is exact up to so many values a sample
-_DIRECTIONS_AT_ONCE = 32
 _LEVEL = 2 / 255  # width of a pixel's interval in [−1, 1]
 
 Divergence = Literal["auto", "exact", "hutchinson"]
@@ -65,7 +66,7 @@ Variance = Literal["beta", "posterior"]
 class Estimate:
     """−log p of each sample: ``nats`` (B,) float64 and the standard error of its random numbers, ``error`` (B,).
 
-    ``dims`` is D, ``evaluations`` how often the model was called for the batch, ``terms`` the parts of ``nats``.
+    ``dims`` is D, ``evaluations`` at how many levels the model was asked for the batch, ``terms`` the parts of ``nats``.
     """
 
     nats: Tensor
@@ -97,7 +98,8 @@ def vlb(
     Estimated at ``n_times`` (even) noise levels, two in each of equal strata of the integral over log t (flow) or log SNR
     (DDPM), which gives the error, and the decoder at an eighth as many draws. ``samples`` (B) number the samples for the
     random draws, 0 … B−1 by default. ``start`` is a flow's, ``variance`` a DDPM's. Raises ConfigError for an odd or small
-    ``n_times`` or a ``start`` that does not fit, DataError for ``pixels`` that are none.
+    ``n_times`` or a ``start`` that does not fit, DataError for ``pixels`` that are none, LongskipError for a bound that is
+    not finite.
     """
     if n_times < 2 or n_times % 2:
         raise ConfigError(f"{n_times} noise levels for the bound", cure="an even number, 2 or more")
@@ -113,8 +115,8 @@ def vlb(
         predicted = predict(x_t, time.to(clean.dtype)).double()
         return objective.convert(predicted, x_t.double(), time, objective.group.prediction, "x")
 
-    start, spread = (of(objective, pixels=pixels, start=start) for of in (first_time, noise_floor))
-    levels = _DdpmLevels(objective, variance) if isinstance(objective, Ddpm) else _FlowLevels(start)
+    begin = first_time(objective, pixels=pixels, start=start)
+    levels = _DdpmLevels(objective, variance) if isinstance(objective, Ddpm) else _FlowLevels(begin)
     strata = n_times // 2
     values = torch.empty(n_times, len(clean), dtype=torch.float64)
     for draw in range(n_times):
@@ -125,21 +127,20 @@ def vlb(
     halves = values.view(strata, 2, -1)
     sampled = ((halves[:, 0] - halves[:, 1]).square().sum(0) / 4).sqrt() / strata  # of the mean over strata
 
-    first = torch.full((len(clean),), start, dtype=torch.float64, device=clean.device)
-    n_decoded = max(2, n_times // 8)
-    decoded = torch.stack(
-        [
-            decoder_nats(x0, guess(first, draw, "likelihood-decoder"), spread, pixels=pixels).cpu()
-            for draw in range(n_decoded)
-        ]
-    )
+    first = torch.full((len(clean),), begin, dtype=torch.float64, device=clean.device)
+    spread, n_decoded = noise_floor(objective, pixels=pixels, start=start), max(2, n_times // 8)
+    guesses = (guess(first, draw, "likelihood-decoder") for draw in range(n_decoded))
+    decoded = torch.stack([decoder_nats(x0, mean, spread, pixels=pixels).cpu() for mean in guesses])
     terms = {
         "prior": levels.prior_nats(x0).cpu(),
         "diffusion": values.mean(0) + dims * levels.constant,
         "decoder": decoded.mean(0),
     }
     error = (sampled.square() + decoded.var(0) / n_decoded).sqrt()
-    return Estimate(torch.stack(list(terms.values())).sum(0), error, dims, n_times + n_decoded, terms)
+    nats = torch.stack(list(terms.values())).sum(0)
+    if not bool(torch.isfinite(nats).all()):
+        raise LongskipError("the bound is not finite", cure="train longer, or evaluate other weights")
+    return Estimate(nats, error, dims, n_times + n_decoded, terms)
 
 
 def ode_log_likelihood(
@@ -182,9 +183,9 @@ def ode_log_likelihood(
         ]
         directions = torch.stack(signs).to(clean)  # (probes, B, ...)
     first = first_time(objective, pixels=pixels, start=start)
-    path = _ddpm_path(objective, predict) if isinstance(objective, Ddpm) else _flow_path(objective, predict, first)
+    path = ddpm_path(objective, predict) if isinstance(objective, Ddpm) else flow_path(objective, predict, first)
     with torch.no_grad(), backends.use("reference"):
-        noisy, grown, evaluations = _solve(path, path.enter * clean, directions, rtol, atol)
+        noisy, grown, evaluations = solve(path, path.enter * clean, directions, rtol, atol)
     noise = path.leave * noisy
     log_prior = -0.5 * (noise.square() + math.log(2 * math.pi)).flatten(1).sum(1)
     nats = -(log_prior + grown.mean(0) + dims * math.log(path.enter * path.leave))
@@ -281,96 +282,6 @@ class _DdpmLevels:
     def prior_nats(self, clean: Tensor) -> Tensor:
         """KL(N(√ᾱ·x0, 1−ᾱ) ‖ N(0, I)) at the last step."""
         return 0.5 * (self.last * clean.square() - self.last - math.log1p(-self.last)).flatten(1).sum(1)
-
-
-# --- the ODE ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Path:
-    """dy/du = ``field(y, u)`` from ``start`` (a sample, y = enter·x0) to ``end`` (noise, leave·y ~ N(0, I))."""
-
-    start: float
-    end: float
-    field: Callable[[Tensor, float], Tensor]
-    enter: float
-    leave: float
-
-
-def _flow_path(objective: Objective, predict: Predict, start: float) -> _Path:
-    """y = x_t, u = t: the velocity."""
-
-    def velocity(y: Tensor, u: float) -> Tensor:
-        time = y.new_full((len(y),), u)
-        return objective.convert(predict(y, time), y, time, objective.group.prediction, "v")
-
-    return _Path(start, 1.0, velocity, 1 - start, 1.0)
-
-
-def _ddpm_path(objective: Ddpm, predict: Predict) -> _Path:
-    """y = x/α, u = log σ/α: dy/du = (σ/α)·ε̂, smooth in u and without a coefficient that stiffens."""
-    kept = objective.alphas_cumprod
-    last_alpha = float(kept[-1].sqrt())
-
-    def drift(y: Tensor, u: float) -> Tensor:
-        log_snr = torch.full((len(y),), -2 * u, dtype=torch.float64, device=y.device)
-        x = y * torch.sigmoid(log_snr[0]).sqrt().to(y.dtype)
-        time = objective.time_of(log_snr)
-        predicted = predict(x, time.to(y.dtype))
-        return math.exp(u) * objective.convert(predicted, x, time, objective.group.prediction, "epsilon")
-
-    ends = (torch.log((1 - kept) / kept) / 2)[[0, -1]].tolist()
-    return _Path(ends[0], ends[1], drift, 1.0, last_alpha)
-
-
-def _solve(
-    path: _Path, begin: Tensor, directions: Tensor | None, rtol: float, atol: float
-) -> tuple[Tensor, Tensor, int]:
-    """y at the end, ∫∇·field du (1 or probes, B), both float64 on the CPU, and the number of evaluations."""
-    shape, count = begin.shape, len(begin) if directions is None else len(begin) * len(directions)
-
-    def derivative(u: float, state: np.ndarray) -> np.ndarray:
-        y = torch.from_numpy(state[: begin.numel()]).view(shape).to(begin)
-        slope, divergence = _with_divergence(lambda at: path.field(at, u), y, directions)
-        joined = torch.cat([slope.double().flatten(), divergence.double().flatten()]).cpu().numpy()
-        if not np.isfinite(joined).all():
-            raise LongskipError(
-                f"the model's prediction or its derivative is not finite at u = {u:.4g} of the likelihood's ODE",
-                cure="train longer, or evaluate other weights",
-            )
-        return joined
-
-    state = np.concatenate([begin.double().flatten().cpu().numpy(), np.zeros(count)])
-    solver = RK45(derivative, path.start, state, path.end, rtol=rtol, atol=atol)
-    while solver.status == "running":
-        message = solver.step()
-    if solver.status == "failed":
-        raise LongskipError(f"the likelihood's ODE stops at u = {solver.t:.4g}: {message}", cure="raise rtol and atol")
-    result = torch.from_numpy(solver.y)
-    return result[: begin.numel()].view(shape), result[begin.numel() :].view(-1, len(begin)), solver.nfev
-
-
-def _with_divergence(
-    function: Callable[[Tensor], Tensor], y: Tensor, directions: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """f(y) and its divergence (1, B), or d·∂f·d for each of ``directions`` (n, B, ...): (n, B)."""
-
-    def along(direction: Tensor) -> tuple[Tensor, Tensor]:
-        slope, tangent = torch.func.jvp(function, (y,), (direction,))[:2]
-        return slope, tangent
-
-    def derivatives(part: Tensor) -> tuple[Tensor, Tensor]:
-        slope, tangents = torch.func.vmap(along, out_dims=(None, 0))(part)  # type: ignore[arg-type]
-        return slope, (part * tangents).double().flatten(2).sum(2)
-
-    if directions is not None:
-        return derivatives(directions)
-    dims, total = y[0].numel(), torch.zeros(1, len(y), dtype=torch.float64, device=y.device)
-    for begin in range(0, dims, _DIRECTIONS_AT_ONCE):
-        part = torch.eye(dims, dtype=y.dtype, device=y.device)[begin : begin + _DIRECTIONS_AT_ONCE]
-        slope, found = derivatives(part.view(-1, 1, *y.shape[1:]).expand(-1, *y.shape))
-        total += found.sum(0)
-    return slope, total
 
 
 # --- a whole set --------------------------------------------------------------------------------------------------

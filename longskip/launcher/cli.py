@@ -132,20 +132,31 @@ def evaluate(
     steps: Annotated[int | None, typer.Option(min=1, help="sampler steps; the configuration's by default")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="the configuration's by default")] = None,
     sampler: Annotated[str | None, typer.Option(help="euler or heun; the configuration's by default")] = None,
-    count: Annotated[int | None, typer.Option(min=2, help="pictures to judge; the configuration's by default")] = None,
+    count: Annotated[
+        int | None, typer.Option(min=2, help="pictures each score draws, samples of likelihood; the configuration's")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     judge: Annotated[str | None, typer.Option(help="shapes, nearest or none; the configuration's by default")] = None,
+    fid: Annotated[str | None, typer.Option(metavar="STATS", help="FID and KID against a file of data stats")] = None,
+    network: Annotated[
+        str | None, typer.Option(help="the statistics' network: a TorchScript file (a program: it runs) or CLIP's folder")
+    ] = None,
+    clip: Annotated[str | None, typer.Option(help="CLIP score: the folder of a CLIP (transformers)")] = None,
+    likelihood: Annotated[list[str] | None, typer.Option(metavar="vlb|ode", help="of validation samples")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Score a checkpoint: loss per time bin and the judge's verdict on drawn pictures, in RUN/eval/step-N.json."""
+    """Score a checkpoint into RUN/eval/step-N.json: loss per time bin, judge, FID, KID, CLIP score, likelihood."""
     from longskip.engine.evaluate import evaluate as run_evaluation
     from longskip.engine.runs import find_run
+    from longskip.launcher.progress import counting
     from longskip.launcher.tables import print_evaluation
 
-    result = run_evaluation(
-        find_run(run), which=checkpoint, weights=weights, steps=steps, guidance=guidance, sampler=sampler,
-        count=count, seed=seed, kind=judge,
-    )  # fmt: skip
+    with counting("drawing", None) as progress:
+        result = run_evaluation(
+            find_run(run), which=checkpoint, weights=weights, steps=steps, guidance=guidance, sampler=sampler,
+            count=count, seed=seed, kind=judge, statistics=fid, network=network, clip=clip,
+            likelihood=likelihood or (), progress=progress,
+        )  # fmt: skip
     if as_json:
         print(json.dumps(result))
     else:

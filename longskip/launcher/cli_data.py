@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from longskip.errors import ConfigError
-from longskip.launcher.cli_encode import encode
+from longskip.launcher.cli_encode import encode, parse_size
 from longskip.launcher.progress import counting
 
 app = typer.Typer(help="Make, pack, encode, check and look at sets of captioned pictures.", no_args_is_help=True)
@@ -120,6 +120,47 @@ def show(
 
     contact_sheet(open_source(path), out, n=count, columns=columns, seed=seed)
     print(out)
+
+
+@app.command()
+def stats(
+    path: PathArgument,
+    network: Annotated[
+        Path, typer.Option(help="a TorchScript file (a program: it runs; name one that you trust) or a CLIP's folder")
+    ],
+    out: Annotated[Path, typer.Option(help="the file for the statistics, .npz")],
+    resolution: Annotated[
+        str | None, typer.Option(help="pixels that the model draws: 256, or HxW; the pictures' own where all are alike")
+    ] = None,
+    count: Annotated[int | None, typer.Option(min=2, help="pictures, chosen at random; all by default")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="which ones")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Statistics of real pictures in a network's features, for FID and KID: longskip evaluate RUN --fid OUT."""
+    size = parse_size(resolution) if resolution else None
+    if out.suffix != ".npz":
+        raise ConfigError(f"--out {out}", cure="a file that ends in .npz")
+
+    import torch
+
+    from longskip.engine.data.sources import open_source
+    from longskip.engine.feature_network import FeatureNetwork
+    from longskip.engine.fidelity import gather
+
+    source = open_source(path)
+    loaded = FeatureNetwork.load(network, "cuda" if torch.cuda.is_available() else "cpu")
+    with counting("reading", count or len(source)) as progress:
+        found = gather(source, loaded, data=str(path), resolution=size, count=count, seed=seed, progress=progress)
+    written = found.save(out)
+    if as_json:
+        print(json.dumps({"out": str(out), "sha256": written.sha256, **written.about}))
+        return
+    sides = "x".join(map(str, written.about["resolution"]))
+    print(f"{written.count:,} pictures at {sides} pixels, {loaded.n_features:,} features: {out} ({written.sha256[:12]})")
+    if written.about["bad"]:
+        print(f"  {written.about['bad']:,} could not be used; longskip data lint names them")
+    if written.count <= loaded.n_features:
+        print("  no more pictures than features: the covariance is rank-deficient, and FID will say so")
 
 
 app.command()(encode)

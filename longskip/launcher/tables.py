@@ -54,9 +54,10 @@ def print_evaluation(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console()
+    pictures = f", {result['count']:,} pictures" if result["count"] else ""
     console.print(
         f"{result['checkpoint']}, {result['weights']} weights, {result['sampler']} {result['steps']} steps, "
-        f"guidance {result['guidance']}, seed {result['seed']}, {result['count']} pictures"
+        f"guidance {result['guidance']}, seed {result['seed']}{pictures}"
     )
     if "loss" in result:
         bins = "  ".join("–" if b is None else f"{b:.3f}" for b in result["loss"]["bins"])
@@ -76,3 +77,40 @@ def print_evaluation(result: dict[str, Any]) -> None:
             f"({100 * near['share']:.1f}%; chance {100 * near['chance']:.1f}%); among all {near['among_all']:,}: "
             f"{100 * near['share_among_all']:.1f}%"
         )
+    for line in score_lines(result):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def score_lines(result: dict[str, Any]) -> list[str]:
+    """FID, KID, CLIP score and likelihood, a line each with what the figure depends on; warnings below theirs."""
+    lines = []
+    if "fidelity" in result:
+        found = result["fidelity"]
+        fid, kid, real = found["fid"], found["kid"], found["statistics"]
+        left_out = found["prompts"].get("left_out", 0)
+        lines += [
+            f"FID {fid['value']:.4f}: {found['count']:,} drawn against {real['count']:,} real pictures "
+            f"(statistics {real['sha256'][:12]}, network {found['network']['sha256'][:12]}); "
+            f"captions of {found['prompts']['of']}" + (f", {left_out:,} left out" if left_out else ""),
+            *(f"  warning: {warning}" for warning in fid.get("warnings", ())),
+            f"KID {kid['mean']:.6f} ± {kid['std']:.6f} over {kid['subsets']} subsets of {kid['subset_size']:,}",
+        ]
+    if "clip_score" in result:
+        found = result["clip_score"]
+        error = "" if found["standard_error"] is None else f" ± {found['standard_error']:.3f}"
+        cut = found["truncated_prompts"]
+        lines.append(
+            f"CLIP score {found['value']:.3f}{error}: {found['count']:,} pictures (CLIP {found['clip']['sha256'][:12]})"
+            + (f"; {cut:,} prompts cut to its length" if cut else "")
+        )
+    if "likelihood" in result:
+        found = result["likelihood"]
+        for method, name in (("vlb", "variational bound"), ("ode", "probability-flow ODE")):
+            if method in found:
+                bits, error = found[method]["bits_per_dim"], found[method]["bits_per_dim_error"]
+                over = "–" if error["over_samples"] is None else f"{error['over_samples']:.4f}"
+                lines.append(
+                    f"−log₂ p by the {name}: {bits:.4f} bits/dim ± {over} over {found[method]['count']:,} samples "
+                    f"(± {error['monte_carlo']:.4f} of random numbers), of {found['of']}"
+                )
+    return lines

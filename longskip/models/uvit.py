@@ -6,8 +6,9 @@ Bao et al., "All are Worth Words", arXiv 2209.12152; as a text-to-image model, a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -221,7 +222,7 @@ class UViT(nn.Module):
                 if isinstance(unit, Packed):
                     unit.materialize(seed, device)
 
-    def compile_blocks(self, backend: str = "inductor") -> None:
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """From now on ``Block.compute`` goes through ``torch.compile``: one graph for all blocks without a skip and one
         for those with, each for training, for inference and anew for another number of tokens; a graph break is an
         error. Gathering, ``Packed.guard`` and checkpointing stay outside. Dispatch counters do not see the blocks of a
@@ -232,9 +233,10 @@ class UViT(nn.Module):
         # One graph more than this is an error as well, and two kinds of blocks with and without gradient and key mask, of
         # a fixed and of a varying number of tokens are more than the default of 8.
         config.recompile_limit = max(config.recompile_limit, 32)
-        compute = torch.compile(Block.compute, fullgraph=True, backend=backend)
+        compute: Any = torch.compile(Block.compute, fullgraph=True, backend=backend)
         for block in self.blocks:
-            block.compute = partial(compute, block)  # of the class, so that the blocks share their graphs
+            # Of the class, so that the blocks share their graphs.
+            object.__setattr__(block, "compute", partial(compute, block))
 
     def forward(self, latents: Tensor, time: Tensor, cond: Conditioning | None = None) -> Tensor:
         """Noised latents (B, C, H, W) at time (B,), in [0, 1] for the usual ``time_scale``, → (B, C_out, H, W).

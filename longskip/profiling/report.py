@@ -76,6 +76,7 @@ def render_html(logs: Sequence[RunLog]) -> str:
         runs=[_run(log, name, {row["key"] for row in differing}) for log, name in zip(logs, names, strict=True)],
         figures=reportdata.figure_rows(logs),
         scores=reportdata.score_rows(logs),
+        quality=reportdata.quality_rows(logs),
         steps=sorted({grid.step for log in logs for grid in _shown(log.samples)}),
         config_rows=differing,
         environment_rows=reportdata.comparison([log.environment for log in logs], only_differing=False),

@@ -129,6 +129,50 @@ def score_rows(logs: Sequence[RunLog]) -> list[dict[str, Any]]:
     return rows
 
 
+def quality_rows(logs: Sequence[RunLog]) -> list[dict[str, Any]]:
+    """Evaluations with FID, KID, CLIP score or likelihood: a row each, and ``how``, what its figures depend on."""
+    rows = []
+    for index, log in enumerate(logs):
+        for body in log.evaluations:
+            fidelity, clip = _mapping(body.get("fidelity")), _mapping(body.get("clip_score"))
+            fid, kid = _mapping(fidelity.get("fid")), _mapping(fidelity.get("kid"))
+            likelihood = _mapping(body.get("likelihood"))
+            bound, ode = _mapping(likelihood.get("vlb")), _mapping(likelihood.get("ode"))
+            figures = [
+                _figure(fid.get("value")),
+                _figure(kid.get("mean"), kid.get("std")),
+                _figure(clip.get("value"), clip.get("standard_error")),
+                _figure(bound.get("bits_per_dim"), _mapping(bound.get("bits_per_dim_error")).get("over_samples")),
+                _figure(ode.get("bits_per_dim"), _mapping(ode.get("bits_per_dim_error")).get("over_samples")),
+            ]
+            if not any(figures):
+                continue
+            how = [f"{name} {_text(body.get(name))}" for name in ("weights", "sampler", "steps", "guidance", "seed")]
+            counted = (("FID, KID", fidelity), ("CLIP", clip), ("bound", bound), ("ODE", ode))
+            how += [f"{name} of {units.exact(_number(part.get('count')))}" for name, part in counted if part]
+            hashed = ((name, _mapping(fidelity.get(name)).get("sha256")) for name in ("network", "statistics"))
+            how += [f"{name} {_text(sha256)[:12]}" for name, sha256 in hashed if sha256]
+            warnings = fid.get("warnings")
+            rows.append(
+                {
+                    "run": index,
+                    "step": body["step"],
+                    "figures": figures,
+                    "how": " · ".join(how),
+                    "warnings": [_text(text) for text in warnings] if isinstance(warnings, list) else [],
+                }
+            )
+    return rows[-MAX_ROWS:]
+
+
+def _figure(value: object, error: object = None) -> str:
+    """A number in five figures, with its error in two where it has one; "" where it is none."""
+    known, spread = _number(value), _number(error)
+    if known is None:
+        return ""
+    return f"{known:.5g}" if spread is None else f"{known:.5g} ± {spread:.2g}"
+
+
 def ledger_rows(log: RunLog) -> list[dict[str, Any]]:
     """Committed against spent, a row per quantity; ``redone`` is the difference."""
     committed, spent = log.sums.committed, log.sums.spent

@@ -242,27 +242,33 @@ def test_errors_of_the_server_are_tried_again_and_missing_files_are_not(opened, 
 def test_a_server_that_hangs_ends_in_an_error_in_time(opened, server, folder, transport):
     shard = load_index(folder).shards[2]
     server.faults = {shard.file: [("hang", 4000)] * 9}
-    source = opened(transport=transport, patience=Patience(attempts=3, silence=0.3, pause=0.05))
+    source = opened(transport=transport, patience=Patience(attempts=2, silence=0.6, pause=0.05))
     begin = time.monotonic()
     with pytest.raises(RemoteError) as caught:
         source.read(2 * PER_SHARD)
     seconds = time.monotonic() - begin
-    assert 0.9 < seconds < 4
-    assert f"{server.url}/{shard.file} could not be fetched: 3 attempts" in caught.value.message
+    assert 1.2 < seconds < 15  # two attempts; a test's server lets go after 30 s
+    assert f"{server.url}/{shard.file} could not be fetched: 2 attempts" in caught.value.message
     assert "imeout" in caught.value.message and "the server answers" in caught.value.cure
-    assert len(server.gets(shard.file)) == 3
-    figure(f"a server that hangs, {transport}: RemoteError after {seconds:.1f} s (3 attempts of 0.3 s of silence)")
+    assert len(server.gets(shard.file)) <= 2
+    figure(f"a server that hangs, {transport}: RemoteError after {seconds:.1f} s (2 attempts of 0.6 s of silence)")
 
 
-def test_a_server_that_drips_ends_in_an_error_in_time(opened, server, folder):
-    """Every byte comes in time, all of them would take ten minutes."""
-    shard = load_index(folder).shards[0]
-    server.faults = {shard.file: [("drip",)] * 9}
-    source = opened(patience=Patience(attempts=3, silence=2, total=1.0, pause=0.05))
+@pytest.mark.parametrize(
+    ("fault", "patience"),
+    [
+        (("drip",), Patience(silence=20, total=0.8, pause=20)),  # every byte in time, all of them in ten minutes
+        (("hang", 4000), Patience(silence=20, total=0.8, pause=0.05)),
+        (("status", 500), Patience(silence=20, total=20, pause=60, longest_pause=60)),  # no use in waiting so long
+    ],
+)
+def test_a_shard_takes_no_longer_than_its_total(opened, server, folder, fault, patience):
+    server.faults = {load_index(folder).shards[0].file: [fault] * 9}
+    source = opened(patience=patience)
     begin = time.monotonic()
-    with pytest.raises(RemoteError, match=r"not done within 1 s|no byte for"):
+    with pytest.raises(RemoteError, match=r"not done within 0\.8 s|no byte for|HTTP 500"):
         source.read(0)
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 10
 
 
 def test_a_host_that_does_not_answer(tmp_path):
@@ -273,10 +279,11 @@ def test_a_host_that_does_not_answer(tmp_path):
 
 def test_messages_keep_keys_and_passwords_to_themselves(opened, server, tmp_path):
     url = server.url.replace("http://", "http://someone:secret1@") + "?sig=secret2"
-    server.faults = {"index.json": [("status", 500)] * 9}
-    with pytest.raises(RemoteError) as caught:
-        opened(url)
-    assert "secret" not in str(caught.value)
+    for status in (500, 404):
+        server.faults = {"index.json": [("status", status)] * 9}
+        with pytest.raises(RemoteError) as caught:
+            opened(url)
+        assert "secret" not in str(caught.value)
     server.faults = {}
     source = opened(url)
     source.read(0)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from longskip.errors import BadSampleError
+from longskip.errors import BadSampleError, ConfigError
 
 MAX_TEXT_BYTES = 1 << 20
 MAX_WEIGHT = 1e9
@@ -14,8 +15,15 @@ Captions = tuple[tuple[str, float], ...]
 """(text, weight) pairs, at least one; weights are above 0."""
 
 
-def captions_of(text: bytes | None, extra: bytes | None) -> Captions:
+TXT = "txt"
+"""The name by which ``fields`` call the ``.txt`` member; all other names are fields of the ``.json``."""
+
+
+def captions_of(text: bytes | None, extra: bytes | None, fields: Mapping[str, float] | None = None) -> Captions:
     """Captions from a ``.txt`` and a ``.json`` member: the JSON's ``captions`` list, else the text, else ``caption``.
+
+    With ``fields`` (name → share) those of them that the sample has, in the order of their names, and no others; the
+    share of one that it lacks goes to the rest in proportion.
 
     Raises ``BadSampleError`` with the reasons ``text_too_large``, ``caption_encoding``, ``caption_json`` and
     ``caption_missing`` (no member, or nothing but blanks).
@@ -24,18 +32,54 @@ def captions_of(text: bytes | None, extra: bytes | None) -> Captions:
         if data is not None and len(data) > MAX_TEXT_BYTES:
             raise BadSampleError("text_too_large", f"the {name} has {len(data)} bytes; the limit is {MAX_TEXT_BYTES}")
     record = json_record(extra) if extra is not None else {}
+    if fields:
+        if text is not None and TXT in fields:
+            record = record | {TXT: _decoded(text)}
+        return captions_by_field(record, fields)
     if "captions" in record:
         return weighted_captions(record["captions"])
-    if text is not None:
-        try:
-            words = text.decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise BadSampleError("caption_encoding", f"the text is not UTF-8: {error}") from error
-        if words:
-            return ((words, 1.0),)
+    if text is not None and (words := _decoded(text).strip()):
+        return ((words, 1.0),)
     if isinstance(record.get("caption"), str) and record["caption"].strip():
         return ((_encodable(record["caption"].strip()), 1.0),)
     raise BadSampleError("caption_missing", "the sample has no caption")
+
+
+def captions_by_field(record: Mapping[str, Any], fields: Mapping[str, float]) -> Captions:
+    """The texts of a record's ``fields`` with their shares, by name. Raises ``BadSampleError`` as ``captions_of``."""
+    out = []
+    for name in sorted(fields):
+        value = record.get(name)
+        if value is not None and not isinstance(value, str):
+            raise BadSampleError("caption_json", f"the field {name!r} is a {type(value).__name__}, not a text")
+        if value and (words := _encodable(value.strip())):
+            out.append((words, float(fields[name])))
+    if not out:
+        raise BadSampleError("caption_missing", f"the sample has none of the captions {', '.join(sorted(fields))}")
+    return tuple(out)
+
+
+def fields_in(text: bytes | None, extra: bytes | None) -> set[str]:
+    """The names that ``fields`` could have for this sample: those of its texts. Raises ``BadSampleError``."""
+    record = json_record(extra) if extra is not None else {}
+    return {name for name, value in record.items() if isinstance(value, str)} | ({TXT} if text else set())
+
+
+def check_fields(fields: Iterable[str], found: set[str]) -> None:
+    """Raises ``ConfigError`` for a field (``data.captions``) that is not among those ``found`` in the data."""
+    for name in fields:
+        if name not in found:
+            raise ConfigError(
+                f"data.captions names {name!r}, which no sample has among the first",
+                cure=f"name some of {', '.join(sorted(found)) or 'the fields of KEY.json'}",
+            )
+
+
+def _decoded(text: bytes) -> str:
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadSampleError("caption_encoding", f"the text is not UTF-8: {error}") from error
 
 
 def _encodable(text: str) -> str:

@@ -38,16 +38,16 @@ Choose = Callable[[int, Captions], int]
 
 @dataclass(frozen=True)
 class FeatureLayout:
-    """What a sample's features look like: the latent's (C, h, w) and dtype, the text's (n_txt, E) and dtype or None.
+    """What a sample's features look like: the latent's (C, h, w) and dtype, the text's (n_txt, E) and dtype, or None.
 
     Where latents come in several sizes (buckets), h and w are those of the first sample. ``pictures``: whether pictures
     lie beside them.
     """
 
-    latent: tuple[int, int, int]
-    latent_dtype: np.dtype
+    latent: tuple[int, int, int] | None = None
+    latent_dtype: np.dtype = STORED["fp16"]
     text: tuple[int, int] | None = None
-    text_dtype: np.dtype | None = None
+    text_dtype: np.dtype = STORED["fp16"]
     pictures: bool = False
 
 
@@ -55,10 +55,10 @@ class FeatureLayout:
 class FeatureBatch:
     """Where m samples are read to, slot by slot; ``bad`` has the error of each slot that could not be filled.
 
-    ``text`` and ``mask`` are None where stored text features are not wanted. ``captions`` are those chosen.
+    What is None is not read. ``captions`` are those chosen.
     """
 
-    latents: np.ndarray  # (m, C, h, w) fp16 or fp32
+    latents: np.ndarray | None  # (m, C, h, w) fp16 or fp32
     text: np.ndarray | None  # (m, n_txt, E) fp16 or fp32
     mask: np.ndarray | None  # (m, n_txt) uint8
     keys: list[str]
@@ -67,30 +67,30 @@ class FeatureBatch:
 
 
 def layout_of(source: ShardSource) -> FeatureLayout | None:
-    """The layout of a source's features, from the first sample that has any; None where the shards hold no latents.
+    """The layout of a source's features, from the first sample that has any; None where the shards hold none.
 
     Raises ``ShardError`` where only some shards hold them, where text features lack masks, and where what lies there
     is not what ``index.json`` says of it.
     """
     index = source.index
     counts = {kind: [shard.members.get(kind, 0) for shard in index.shards] for kind in (LATENT, TEXT, MASK)}
-    if not any(counts[LATENT]):
-        return None
-    for kind in (LATENT, TEXT, MASK):
-        if any(counts[kind]) and not all(counts[kind]):
-            without = index.shards[counts[kind].index(0)].file
+    for kind, found in counts.items():
+        if any(found) and not all(found):
             raise ShardError(
-                f"{index.folder / without} holds no {kind}, other shards do", cure="encode all shards alike"
+                f"{index.folder / index.shards[found.index(0)].file} holds no {kind}, other shards do",
+                cure="encode all shards alike",
             )
     if any(counts[TEXT]) != any(counts[MASK]):
         raise ShardError(f"{index.folder} holds text features or masks without the other", cure="encode it again")
-    latent = _probe(source, LATENT, "vae", 3)
-    channels, height, width = latent.shape
-    layout = FeatureLayout((channels, height, width), latent.dtype, pictures="image" in index.members)
-    if not any(counts[TEXT]):
-        return layout
-    text = _probe(source, TEXT, "text", 2, 3)
-    return replace(layout, text=(text.shape[-2], text.shape[-1]), text_dtype=text.dtype)
+    layout = FeatureLayout(pictures="image" in index.members)
+    if any(counts[LATENT]):
+        latent = _probe(source, LATENT, "vae", 3)
+        channels, height, width = latent.shape
+        layout = replace(layout, latent=(channels, height, width), latent_dtype=latent.dtype)
+    if any(counts[TEXT]):
+        text = _probe(source, TEXT, "text", 2, 3)
+        layout = replace(layout, text=(text.shape[-2], text.shape[-1]), text_dtype=text.dtype)
+    return layout if layout.latent or layout.text else None
 
 
 def _probe(source: ShardSource, kind: str, part: str, *axes: int) -> np.ndarray:
@@ -190,7 +190,9 @@ class _Batch:
 
     def __init__(self, source: ShardSource, into: FeatureBatch, choose: Choose) -> None:
         self.source, self.into, self.choose = source, into, choose
-        self.wanted = {LATENT: _wanted(LATENT, into.latents, captions=False)}
+        self.wanted: dict[str, _Wanted] = {}
+        if into.latents is not None:
+            self.wanted[LATENT] = _wanted(LATENT, into.latents, captions=False)
         if into.text is not None and into.mask is not None:
             self.wanted[TEXT] = _wanted(TEXT, into.text, captions=True)
             self.wanted[MASK] = _wanted(MASK, into.mask, captions=True)
@@ -211,7 +213,7 @@ class _Batch:
                 if texts is None:
                     self._with_care(shard, descriptor, dict(zip(names, record, strict=True)), slot)
                     continue
-                captions = captions_of(texts.get("txt"), texts.get("json"))
+                captions = captions_of(texts.get("txt"), texts.get("json"), self.source.fields)
                 if len(captions) == 1:
                     into.captions[slot] = captions[0][0]
                 elif wants_text:
@@ -229,9 +231,7 @@ class _Batch:
         places = sorted((names.index(f"{kind}_offset"), kind) for kind in kinds)
         return [(kind, place, self.wanted.get(kind)) for place, kind in sorted(places, key=lambda at: record[at[0]])]
 
-    def _at_once(
-        self, descriptor: int, record: Sequence[Any], layout: _Layout, slot: int
-    ) -> dict[str, bytes] | None:
+    def _at_once(self, descriptor: int, record: Sequence[Any], layout: _Layout, slot: int) -> dict[str, bytes] | None:
         """The sample's texts, its arrays read to their slots; None where anything is unusual."""
         aside = self.aside
         pieces: list[memoryview] = []
@@ -305,8 +305,8 @@ class _Batch:
             return rows
 
         texts = [self.source.checked(shard, descriptor, row, kind, MAX_TEXT_BYTES) for kind in ("txt", "json")]
-        latent = array(LATENT, "latent")
-        captions = captions_of(texts[0], texts[1])
+        latent = array(LATENT, "latent")[0] if into.latents is not None else None
+        captions = captions_of(texts[0], texts[1], self.source.fields)
         if into.text is None or into.mask is None:
             pick = self.choose(slot, captions)
         else:
@@ -316,7 +316,8 @@ class _Batch:
                     raise _rows_differ(kind, len(rows), captions)
             pick = self.choose(slot, captions)
             into.text[slot], into.mask[slot] = text[pick], mask[pick]
-        into.latents[slot] = latent[0]
+        if into.latents is not None:
+            into.latents[slot] = latent
         into.captions[slot] = captions[pick][0]
 
 

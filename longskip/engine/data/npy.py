@@ -49,7 +49,9 @@ def header_of(data: bytes | bytearray | memoryview) -> Header:
         raise BadSampleError("feature_format", f".npy version {tuple(start[6:8])}; (1, 0) and (2, 0) are read")
     offset = 8 + width + int.from_bytes(start[8 : 8 + width], "little")
     if len(data) < offset or offset > MAX_HEADER:
-        raise BadSampleError("feature_format", f".npy header to byte {offset} of {len(data)}, the limit is {MAX_HEADER}")
+        raise BadSampleError(
+            "feature_format", f".npy header to byte {offset} of {len(data)}, the limit is {MAX_HEADER}"
+        )
     return parse_header(bytes(data[:offset]))
 
 

@@ -4,6 +4,11 @@ Positions p = 0, 1, 2, … run through the epochs: position p is the sample π_e
 a keyed permutation of [0, n). Global batch k holds the positions [kB, (k+1)B), so a remainder carries over into the
 next epoch and every sample comes once per epoch.
 
+Data sets that are mixed by weight, and aspect buckets, are streams with epochs of their own: a *lane* per bucket, in it
+a *stream* per data set. Where there are several lanes every global batch is of one of them, an ``Interleave`` says of
+which; another one says which stream a place of a lane belongs to. So nothing is carried along here either, and each
+stream's remainders go over into its own next epoch.
+
 π_e is a generalised Feistel network on Z_a × Z_b with a·b slightly above n (Black and Rogaway, "Ciphers with arbitrary
 finite domains", CT-RSA 2002, method 3) followed by cycle walking for the few values past n.
 """
@@ -12,14 +17,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from longskip.engine.data.interleave import Interleave, Weight
 from longskip.errors import ConfigError, DataError
 
 ROUNDS = 8
@@ -157,27 +163,130 @@ def _merged(intervals: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]
     return tuple(out)
 
 
+class Order(Protocol):
+    """In which order the samples of a stream come in each of its epochs; they are numbered from 0 within the stream."""
+
+    def __len__(self) -> int: ...
+
+    def lookup(self, epoch: int, within: np.ndarray) -> np.ndarray:
+        """The samples at the places ``within`` of an epoch, int64 of the same shape: a bijection of [0, len)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """The keyed permutation of all samples (``data.shuffle: full``)."""
+
+    n_samples: int
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return self.n_samples
+
+    def lookup(self, epoch: int, within: np.ndarray) -> np.ndarray:
+        """π_epoch, as ``permute``."""
+        return permute(within, self.n_samples, self.seed, epoch)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Samples with epochs of their own: a data set, or what of it is in one bucket.
+
+    ``numbers`` turns the order's samples into those of the source; None where they are the same. ``name`` is the data
+    set's.
+    """
+
+    order: Order
+    name: str = ""
+    numbers: Callable[[np.ndarray], np.ndarray] | None = None
+
+    def lookup(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(epochs, samples) of places in the endless stream, both int64 and shaped as ``places``."""
+        epochs, within = np.divmod(places, len(self.order))
+        samples = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            samples[chosen] = self.order.lookup(int(epoch), within[chosen])
+        return epochs, samples if self.numbers is None else self.numbers(samples)
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Streams that share batches by their ``weights``: those of one ``bucket`` (H, W) in pixels, or all (None).
+
+    ``weight`` is the lane's share of the batches. Weights are relative.
+    """
+
+    streams: tuple[Stream, ...]
+    weights: tuple[Weight, ...] = (1,)
+    weight: Weight = 1
+    bucket: tuple[int, int] | None = None
+
+    @property
+    def n_samples(self) -> int:
+        return sum(len(stream.order) for stream in self.streams)
+
+    @cached_property
+    def interleave(self) -> Interleave:
+        """Which stream a place belongs to."""
+        return Interleave(self.weights)
+
+    def lookup(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(epochs, samples) of places in the lane; epochs are those of the streams."""
+        if len(self.streams) == 1:
+            return self.streams[0].lookup(places)
+        of, inside = self.interleave.at(places)
+        return _gather(self.streams, of, inside)
+
+
+def _gather(
+    parts: tuple[Stream, ...] | tuple[Lane, ...], of: np.ndarray, at: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """``lookup`` of each place ``at`` in the part that it is ``of``."""
+    epochs, samples = np.empty_like(at), np.empty_like(at)
+    for part in np.unique(of):
+        chosen = of == part
+        epochs[chosen], samples[chosen] = parts[int(part)].lookup(at[chosen])
+    return epochs, samples
+
+
 @dataclass(frozen=True)
 class Plan:
     """Global batches of ``batch`` samples out of ``n_samples``; see the module's text.
 
-    Raises ``DataError`` where the data hold fewer samples than one batch.
+    Without ``lanes`` all samples are one stream in a keyed permutation; ``streams.plan_of`` makes those of a source.
+    Raises ``DataError`` where the data, or a lane, hold fewer samples than one batch.
     """
 
     n_samples: int
     batch: int
     seed: int = 0
+    lanes: tuple[Lane, ...] = ()
 
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise DataError(f"global batch {self.batch}; it must be 1 or more")
         if not 0 < self.n_samples <= MAX_SAMPLES:
             raise DataError(f"{self.n_samples} samples; a plan takes 1 to {MAX_SAMPLES}")
-        if self.n_samples < self.batch:
-            raise DataError(
-                f"the data hold {self.n_samples} samples, fewer than the global batch of {self.batch}",
-                cure=f"set train.batch_size to {self.n_samples} or less, or add data",
-            )
+        lanes = self.lanes or (Lane((Stream(Shuffled(self.n_samples, self.seed)),)),)
+        object.__setattr__(self, "lanes", lanes)
+        for lane in lanes:
+            if lane.n_samples < self.batch:
+                where = f"the bucket {lane.bucket[0]}x{lane.bucket[1]} holds" if lane.bucket else "the data hold"
+                raise DataError(
+                    f"{where} {lane.n_samples} samples, fewer than the global batch of {self.batch}",
+                    cure=f"set train.batch_size to {lane.n_samples} or less, or add data",
+                )
+
+    @property
+    def buckets(self) -> tuple[tuple[int, int], ...]:
+        """The aspect buckets (H, W) in pixels; none where all samples share one resolution."""
+        return tuple(lane.bucket for lane in self.lanes if lane.bucket is not None)
+
+    @cached_property
+    def interleave(self) -> Interleave:
+        """Which lane a global batch is of."""
+        return Interleave([lane.weight for lane in self.lanes])
 
     def cursor(self, position: int = 0) -> Cursor:
         """A cursor of this plan at ``position``."""
@@ -187,20 +296,58 @@ class Plan:
         """The cursor at which global batch ``k`` starts when nothing is skipped."""
         return self.cursor(k * self.batch)
 
+    def check(self, cursor: Cursor) -> None:
+        """Raises ``DataError`` where a batch from this cursor on would be of two buckets."""
+        if len(self.lanes) == 1:
+            return
+        for what, place in [
+            ("position", cursor.position),
+            *(("skipped", end) for pair in cursor.skipped for end in pair),
+        ]:
+            if place % self.batch:
+                raise DataError(
+                    f"the cursor's {what} {place} is inside a global batch of {self.batch}; with buckets every batch is "
+                    "of one of them",
+                    cure=f"skip whole batches, from and to multiples of {self.batch}; keep train.batch_size",
+                )
+
     def lookup(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(epochs, samples), both int64 and shaped as ``positions``."""
+        """(epochs, samples), both int64 and shaped as ``positions``; epochs are those of each sample's stream."""
         positions = np.asarray(positions, dtype=np.int64)
-        epochs, within = np.divmod(positions, self.n_samples)
-        samples = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            samples[chosen] = permute(within[chosen], self.n_samples, self.seed, int(epoch))
-        return epochs, samples
+        if len(self.lanes) == 1:
+            return self.lanes[0].lookup(positions)
+        batches, slots = np.divmod(positions, self.batch)
+        of, inside = self.interleave.at(batches)
+        return _gather(self.lanes, of, inside * self.batch + slots)
 
     def batch_at(self, at: int | Cursor) -> tuple[np.ndarray, np.ndarray]:
         """(epochs, samples), each ``(batch,)``, of global batch number ``at`` or of the one that starts at a cursor."""
         cursor = at if isinstance(at, Cursor) else self.batch_cursor(at)
+        self.check(cursor)
         return self.lookup(cursor.take(self.batch)[0])
+
+    def bucket_at(self, at: int | Cursor) -> tuple[int, int] | None:
+        """The bucket (H, W) in pixels of that global batch; None where all samples share one resolution."""
+        if len(self.lanes) == 1:
+            return self.lanes[0].bucket
+        cursor = at if isinstance(at, Cursor) else self.batch_cursor(at)
+        self.check(cursor)
+        return self.lanes[int(self.interleave.at(cursor.settled().position // self.batch)[0])].bucket
+
+    def passes(self, at: int | Cursor) -> dict[str, float]:
+        """How often each data set has been gone through where that global batch starts, by name; skipped ones count."""
+        position = at.settled().position if isinstance(at, Cursor) else at * self.batch
+        if len(self.lanes) == 1:
+            places = [position]
+        else:
+            places = [count * self.batch for count in self.interleave.counts(position // self.batch)]
+        served: dict[str, int] = {}
+        samples: dict[str, int] = {}
+        for lane, place in zip(self.lanes, places, strict=True):
+            for stream, count in zip(lane.streams, lane.interleave.counts(place), strict=True):
+                served[stream.name] = served.get(stream.name, 0) + count
+                samples[stream.name] = samples.get(stream.name, 0) + len(stream.order)
+        return {name: count / samples[name] for name, count in served.items()}
 
     def slots(
         self, at: int | Cursor, rank: int, world: int, micro: int, accumulation: int

@@ -12,16 +12,28 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from longskip.engine.data.captions import MAX_TEXT_BYTES, Captions, captions_of, json_record, weighted_captions
+from longskip.engine.data.captions import (
+    MAX_TEXT_BYTES,
+    TXT,
+    Captions,
+    captions_by_field,
+    captions_of,
+    fields_in,
+    json_record,
+    weighted_captions,
+)
 from longskip.engine.data.crc import crc32
+from longskip.engine.data.decode import upright_size
 from longskip.engine.data.features import Choose, FeatureBatch, FeatureLayout, layout_of, load_empty, read_features
 from longskip.engine.data.index import (
     IMAGE_EXTENSIONS,
@@ -37,6 +49,10 @@ from longskip.errors import BadSampleError, DataError, ShardError
 
 METADATA_NAME = "metadata.jsonl"
 MAX_IMAGE_BYTES = 1 << 28
+HEADER_BYTES = 1 << 16
+"""Of a picture file that are read to know its size; where they do not tell, all is read."""
+FIELDS_SCAN = 64
+"""Samples that are looked at to know which caption fields there are."""
 OPEN_SHARDS = 256
 
 
@@ -73,6 +89,22 @@ class Source(Protocol):
     @property
     def features(self) -> FeatureLayout | None:
         """The layout of stored features; None where samples are pictures alone."""
+        ...
+
+
+class SizedSource(Source, Protocol):
+    """A source that knows the sizes of its samples, and which captions they have, without reading them all."""
+
+    def size(self, i: int) -> tuple[int, int]:
+        """(height, width) of sample ``i``'s picture in pixels; (0, 0) where it is not known."""
+        ...
+
+    def sizes(self, *, latents: bool = False) -> Iterator[np.ndarray]:
+        """(m, 2) int64 pieces with (height, width) of all samples in turn; of stored latents in their own units."""
+        ...
+
+    def caption_fields(self) -> set[str]:
+        """The names that ``data.captions`` could have, as found in the first samples."""
         ...
 
 
@@ -117,16 +149,23 @@ class ShardSource:
     """Samples of indexed shards, read at their offsets with ``pread``; members' crc32 are checked on every read.
 
     ``on_damage``: a member whose bytes differ from the index stops the run with ``ShardError`` (``"stop"``), or makes
-    the sample a bad one with the reason ``shard_crc`` (``"skip"``). Threads may share a source.
+    the sample a bad one with the reason ``shard_crc`` (``"skip"``). ``fields``: which captions are taken, and their
+    shares, as ``captions_of``. Threads may share a source.
     """
 
     def __init__(
-        self, index: Index | str | os.PathLike[str], *, on_damage: Literal["stop", "skip"] = "stop", check: bool = True
+        self,
+        index: Index | str | os.PathLike[str],
+        *,
+        on_damage: Literal["stop", "skip"] = "stop",
+        check: bool = True,
+        fields: Mapping[str, float] | None = None,
     ) -> None:
         if on_damage not in ("stop", "skip"):
             raise DataError(f"on_damage {on_damage!r}; it is 'stop' or 'skip'")
         self.index = index if isinstance(index, Index) else load_index(index, check=check)
         self.on_damage = on_damage
+        self.fields = dict(fields or {})
         counts = np.array([shard.count for shard in self.index.shards], dtype=np.int64)
         self._ends = np.cumsum(counts)
         self._starts = self._ends - counts
@@ -199,6 +238,21 @@ class ShardSource:
         row = self._row(i)[2]
         return row["height"], row["width"]
 
+    def table(self, shard: int) -> np.ndarray:
+        """The memory-mapped table of a shard, one row per sample."""
+        return load_table(self.index.folder, self.index.shards[shard])
+
+    def sizes(self, *, latents: bool = False) -> Iterator[np.ndarray]:
+        """(m, 2) int64 (height, width) shard by shard, from the tables alone: of pictures as they are stored, before
+        EXIF orientation, or of latents in their own units; (0, 0) where they are not known."""
+        names = [f"{'latent_' if latents else ''}{side}" for side in ("height", "width")]
+        for shard, entry in enumerate(self.index.shards):
+            table = self.table(shard)
+            out = np.zeros((entry.count, 2), dtype=np.int64)
+            if names[0] in (table.dtype.names or ()):
+                out[:, 0], out[:, 1] = table[names[0]], table[names[1]]
+            yield out
+
     def read(self, i: int) -> RawSample:
         """Sample ``i``.
 
@@ -213,11 +267,19 @@ class ShardSource:
             raise BadSampleError("image_missing", f"{entry.file} has no picture for {key}")
         text = self._member(entry, descriptor, row, "txt", MAX_TEXT_BYTES)
         extra = self._member(entry, descriptor, row, "json", MAX_TEXT_BYTES)
-        return RawSample(key, image, captions_of(text, extra))
+        return RawSample(key, image, captions_of(text, extra, self.fields))
 
     def captions(self, i: int) -> Captions:
         """The captions of sample ``i`` alone. Raises ``BadSampleError`` with captions' reasons."""
-        return captions_of(self.member(i, "txt"), self.member(i, "json"))
+        return captions_of(self.member(i, "txt"), self.member(i, "json"), self.fields)
+
+    def caption_fields(self) -> set[str]:
+        """The names that ``fields`` could have, as found in the first samples."""
+        found: set[str] = set()
+        for i in range(min(len(self), FIELDS_SCAN)):
+            with suppress(BadSampleError):
+                found |= fields_in(self.member(i, "txt"), self.member(i, "json"))
+        return found
 
     def member(self, i: int, kind: str) -> bytes | None:
         """The bytes of a member (``latent.npy``, …) of sample ``i``, checked; None where the sample lacks it."""
@@ -297,14 +359,17 @@ class FolderEntry:
     captions: Captions | None
 
 
-def scan_folder(folder: Path) -> tuple[list[FolderEntry], list[tuple[str, str, str]]]:
+def scan_folder(
+    folder: Path, fields: Mapping[str, float] | None = None
+) -> tuple[list[FolderEntry], list[tuple[str, str, str]]]:
     """The pictures of a folder, sorted by key, and [(name, reason, detail)] of what cannot be taken.
 
     With a ``metadata.jsonl`` its lines are the list (``file_name`` and ``text`` or ``captions``); otherwise every
-    ``name.jpg|jpeg|png|webp`` below the folder is taken, its caption lying in ``name.txt`` (or ``name.json``).
+    ``name.jpg|jpeg|png|webp`` below the folder is taken, its caption lying in ``name.txt`` (or ``name.json``). With
+    ``fields`` a line's captions are those fields of it (``txt``: its ``text``).
     """
     metadata = folder / METADATA_NAME
-    entries, problems = _scan_metadata(metadata) if metadata.exists() else _scan_files(folder)
+    entries, problems = _scan_metadata(metadata, fields) if metadata.exists() else _scan_files(folder)
     unique: dict[str, FolderEntry] = {}
     for entry in sorted(entries, key=lambda entry: (entry.key, entry.file)):
         if entry.key in unique:
@@ -331,7 +396,9 @@ def _scan_files(folder: Path) -> tuple[list[FolderEntry], list[tuple[str, str, s
     return entries, problems
 
 
-def _scan_metadata(path: Path) -> tuple[list[FolderEntry], list[tuple[str, str, str]]]:
+def _scan_metadata(
+    path: Path, fields: Mapping[str, float] | None
+) -> tuple[list[FolderEntry], list[tuple[str, str, str]]]:
     entries: list[FolderEntry] = []
     problems: list[tuple[str, str, str]] = []
     with path.open("rb") as stream:
@@ -350,7 +417,10 @@ def _scan_metadata(path: Path) -> tuple[list[FolderEntry], list[tuple[str, str, 
                 if PurePosixPath(file).suffix.lower()[1:] not in IMAGE_EXTENSIONS:
                     raise BadSampleError("image_format", f"{file!r} is not one of {', '.join(IMAGE_EXTENSIONS)}")
                 text = record.get("text")
-                captions = weighted_captions(record.get("captions", [{"text": "" if text is None else text}]))
+                if fields:
+                    captions = captions_by_field(record | {TXT: text}, fields)
+                else:
+                    captions = weighted_captions(record.get("captions", [{"text": "" if text is None else text}]))
                 entries.append(FolderEntry(key, PurePosixPath(file).as_posix(), captions))
             except BadSampleError as error:
                 problems.append((where, error.reason, error.message))
@@ -359,23 +429,27 @@ def _scan_metadata(path: Path) -> tuple[list[FolderEntry], list[tuple[str, str, 
     return entries, problems
 
 
-def read_entry(folder: Path, entry: FolderEntry) -> RawSample:
+def read_entry(folder: Path, entry: FolderEntry, fields: Mapping[str, float] | None = None) -> RawSample:
     """The sample of a scanned picture. Raises ``BadSampleError`` as ``FolderSource.read`` does."""
     image = _file_bytes(folder / entry.file, MAX_IMAGE_BYTES)
     if image is None:
         raise BadSampleError("image_missing", f"{entry.file} is not there")
     if len(image) > MAX_IMAGE_BYTES:
         raise BadSampleError("image_too_large", f"{entry.file} has more than {MAX_IMAGE_BYTES} bytes")
-    return RawSample(entry.key, image, read_captions(folder, entry))
+    return RawSample(entry.key, image, read_captions(folder, entry, fields))
 
 
-def read_captions(folder: Path, entry: FolderEntry) -> Captions:
+def read_captions(folder: Path, entry: FolderEntry, fields: Mapping[str, float] | None = None) -> Captions:
     """The captions of a scanned picture. Raises ``BadSampleError`` with captions' reasons."""
     if entry.captions is not None:
         return entry.captions
+    text, extra = _texts_beside(folder, entry)
+    return captions_of(text, extra, fields)
+
+
+def _texts_beside(folder: Path, entry: FolderEntry) -> tuple[bytes | None, bytes | None]:
     stem = folder / entry.file.rpartition(".")[0]
-    text, extra = (_file_bytes(Path(f"{stem}.{end}"), MAX_TEXT_BYTES) for end in ("txt", "json"))
-    return captions_of(text, extra)
+    return _file_bytes(Path(f"{stem}.txt"), MAX_TEXT_BYTES), _file_bytes(Path(f"{stem}.json"), MAX_TEXT_BYTES)
 
 
 def _file_bytes(path: Path, limit: int) -> bytes | None:
@@ -399,11 +473,12 @@ class FolderSource:
 
     features = None
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, fields: Mapping[str, float] | None = None) -> None:
         self.folder = refuse_url(folder)
+        self.fields = dict(fields or {})
         if not self.folder.is_dir():
             raise DataError(f"{self.folder} is not a folder")
-        self.entries, self.problems = scan_folder(self.folder)
+        self.entries, self.problems = scan_folder(self.folder, self.fields)
         if self.problems:
             name, reason, detail = self.problems[0]
             raise DataError(
@@ -428,13 +503,39 @@ class FolderSource:
         """The picture's name without its extension, relative to the folder."""
         return self._entry(i).key
 
+    def size(self, i: int) -> tuple[int, int]:
+        """(height, width) of the picture as seen, EXIF orientation applied; (0, 0) where its header cannot be read."""
+        path = self.folder / self._entry(i).file
+        for limit in (HEADER_BYTES, MAX_IMAGE_BYTES):
+            with suppress(BadSampleError):
+                return upright_size(_file_bytes(path, limit) or b"")
+        return 0, 0
+
+    def sizes(self, *, latents: bool = False) -> Iterator[np.ndarray]:
+        """(m, 2) int64 (height, width) of pictures as ``size``; a folder holds no latents, so theirs are (0, 0)."""
+        for at in range(0, len(self), 1024):
+            numbers = range(at, min(at + 1024, len(self)))
+            yield np.array([(0, 0) if latents else self.size(i) for i in numbers], dtype=np.int64)
+
     def read(self, i: int) -> RawSample:
         """Sample ``i``. Raises ``BadSampleError`` with ``image_missing``, ``image_too_large`` or captions' reasons."""
-        return read_entry(self.folder, self._entry(i))
+        return read_entry(self.folder, self._entry(i), self.fields)
 
     def captions(self, i: int) -> Captions:
         """The captions of sample ``i`` alone. Raises ``BadSampleError`` with captions' reasons."""
-        return read_captions(self.folder, self._entry(i))
+        return read_captions(self.folder, self._entry(i), self.fields)
+
+    def caption_fields(self) -> set[str]:
+        """The names that ``fields`` could have, as found in the first samples."""
+        found: set[str] = set()
+        with suppress(FileNotFoundError), (self.folder / METADATA_NAME).open("rb") as lines:
+            for line in islice((line for line in lines if line.strip()), FIELDS_SCAN):
+                found |= fields_in(None, line)
+            return found - {"file_name", "text"} | ({TXT} if "text" in found else set())
+        for entry in self.entries[:FIELDS_SCAN]:
+            with suppress(BadSampleError):
+                found |= fields_in(*_texts_beside(self.folder, entry))
+        return found
 
     def fingerprint(self) -> str:
         """SHA-256 over names and sizes of pictures and texts, and the captions of ``metadata.jsonl``."""
@@ -453,8 +554,15 @@ class FolderSource:
             return -1
 
 
-def open_source(path: str | os.PathLike[str], *, on_damage: Literal["stop", "skip"] = "stop") -> Source:
+def open_source(
+    path: str | os.PathLike[str],
+    *,
+    on_damage: Literal["stop", "skip"] = "stop",
+    fields: Mapping[str, float] | None = None,
+) -> ShardSource | FolderSource:
     """The source at a path: a folder with ``index.json`` (or that file), or a plain folder of pictures.
+
+    ``fields``: caption fields and their shares (``data.captions``), as ``captions_of``.
 
     Raises ``ShardError`` for URLs and for a folder of tars without an index (the cure names the command), ``DataError``
     for a path that is not there and for empty data.
@@ -467,10 +575,10 @@ def open_source(path: str | os.PathLike[str], *, on_damage: Literal["stop", "ski
     if folder.is_file():
         raise DataError(f"{folder} is a file", cure="give the folder that holds it")
     if (folder / INDEX_NAME).exists():
-        return ShardSource(folder, on_damage=on_damage)
+        return ShardSource(folder, on_damage=on_damage, fields=fields)
     tars = sorted(folder.glob("*.tar"))
     if tars:
         raise ShardError(
             f"{folder} holds {len(tars)} tars and no {INDEX_NAME}", cure=f"index them: longskip data index {folder}"
         )
-    return FolderSource(folder)
+    return FolderSource(folder, fields=fields)

@@ -1,0 +1,227 @@
+"""Processes that assemble ahead, and hand micro-batches over in memory that they share with the reader.
+
+A slot of that memory holds one micro-batch and is used again when nobody holds its tensors any more, so a batch is
+neither copied nor are its pages asked of the system anew, which would cost more than reading stored features.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+import traceback
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike
+
+from longskip.engine.data.assembler import Assembler, MicroBatch
+from longskip.engine.data.buffers import Buffers
+from longskip.engine.signals import ASKING
+from longskip.errors import DataError, LongskipError
+
+Coordinates = tuple[np.ndarray, np.ndarray, tuple[int, int] | None]
+"""Epochs, samples, and the bucket (H, W) in pixels that they are of."""
+
+_ALIGN = 64
+
+
+class Workers:
+    """``count`` processes; batch k of the endless ``walk`` is worker k mod count's, ``ahead`` are under way in each.
+
+    ``held`` is how many batches the consumer keeps at a time; when it keeps more, they are sent through a pipe, which is
+    slower. ``micro`` is the number of samples in a batch.
+    """
+
+    def __init__(
+        self,
+        assembler: Assembler,
+        walk: Iterator[Coordinates],
+        *,
+        count: int,
+        ahead: int,
+        held: int,
+        micro: int,
+        start_method: Literal["spawn", "forkserver"],
+    ) -> None:
+        context: Any = multiprocessing.get_context(start_method)
+        if start_method == "forkserver":
+            context.set_forkserver_preload([__name__])  # torch is imported once, not by every worker
+        size = assembler.batch_bytes(micro) + 4 * _ALIGN
+        shared = [context.RawArray("B", size) for _ in range(count * ahead + held + 1)]
+        self._slots = [np.frombuffer(memory, np.uint8) for memory in shared]
+        self._free = deque(range(len(shared)))
+        self._walk = walk
+        self._taken = 0
+        self._connections: list[Connection] = []
+        self._processes: list[Any] = []
+        for number in range(count):
+            ours, theirs = context.Pipe()
+            arguments = (theirs, assembler, shared)
+            process = context.Process(target=_work, args=arguments, name=f"longskip-worker-{number}", daemon=True)
+            process.start()
+            theirs.close()  # so that its end is seen here
+            self._connections.append(ours)
+            self._processes.append(process)
+        for _ in range(ahead):
+            for connection in self._connections:
+                self._begin(connection)
+
+    def _begin(self, connection: Connection) -> None:
+        slot = self._free.popleft() if self._free else None
+        try:
+            connection.send((*next(self._walk), slot))
+        except OSError as error:
+            raise self._died(error) from error
+
+    def take(self) -> MicroBatch:
+        """The next micro-batch. Raises ``DataError`` for a worker that died, and what the assembler raises."""
+        connection = self._connections[self._taken % len(self._connections)]
+        self._taken += 1
+        try:
+            found = connection.recv()
+        except (EOFError, OSError) as error:
+            raise self._died(error) from error
+        if isinstance(found, LongskipError):
+            raise found
+        if isinstance(found, str):
+            raise RuntimeError(f"a data worker failed\n{found}")
+        batch, slot = found
+        unpacked = self._unpacked(batch, slot)
+        self._begin(connection)
+        return unpacked
+
+    def _unpacked(self, batch: MicroBatch, slot: int | None) -> MicroBatch:
+        owner = np.empty(0, np.uint8)
+        if slot is not None:
+            owner = self._slots[slot].view()  # what the tensors hold, and whose end is noticed
+            weakref.finalize(owner, self._free.append, slot).atexit = False
+        memory = torch.from_numpy(owner)
+
+        def tensor(value: Any) -> Any:
+            if isinstance(value, _Place):
+                return value.tensor(memory)
+            return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+        return _mapped(batch, tensor)
+
+    def _died(self, error: BaseException) -> DataError:
+        return DataError(
+            f"a data worker died: {type(error).__name__} {error}",
+            cure="look for the out-of-memory killer, lower the number of workers, or read with workers: 0",
+        )
+
+    def close(self) -> None:
+        """Ends the processes; batches that were handed out stay as they are."""
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.join(timeout=5)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tensor in a slot."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def tensor(self, memory: torch.Tensor) -> torch.Tensor:
+        stop = self.offset + math.prod(self.shape) * self.dtype.itemsize
+        return memory[self.offset : stop].view(self.dtype).view(self.shape)
+
+
+def _mapped(batch: MicroBatch, change: Any) -> MicroBatch:
+    """The batch with ``change`` applied to every tensor, or whatever stands in for one."""
+    changed = {item.name: change(getattr(batch, item.name)) for item in fields(batch)}
+    changed["conditions"] = {name: change(value) for name, value in batch.conditions.items()}
+    return replace(batch, **changed)
+
+
+class _Slots(Buffers):
+    """Hands out memory of one slot after the other; of the process's own where there is no slot, or none left of it."""
+
+    def __init__(self, memories: Sequence[Any]) -> None:
+        super().__init__()
+        self._memories = [np.frombuffer(memory, np.uint8) for memory in memories]
+        self._slot: int | None = None
+        self._used = 0
+        self._places: dict[int, _Place] = {}
+
+    def begin(self, slot: int | None) -> None:
+        """From now on the memory of this slot."""
+        self._slot, self._used, self._places = slot, 0, {}
+
+    def tensor(self, shape: Sequence[int], dtype: DTypeLike) -> tuple[torch.Tensor, np.ndarray]:
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if self._slot is None or self._used + size > len(self._memories[self._slot]):
+            return super().tensor(shape, dtype)
+        array = self._memories[self._slot][self._used : self._used + size].view(dtype).reshape(shape)
+        tensor = torch.from_numpy(array)
+        self._places[tensor.data_ptr()] = _Place(self._used, tuple(shape), tensor.dtype)
+        self._used += -(-size // _ALIGN) * _ALIGN
+        return tensor, array
+
+    def packed(self, batch: MicroBatch) -> MicroBatch:
+        """The batch with places instead of the tensors that lie in the slot, and arrays instead of the others.
+
+        Torch would send a tensor as a shared file of its own.
+        """
+
+        def place(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            return self._places.get(value.data_ptr()) or value.numpy()
+
+        return _mapped(batch, place)
+
+
+def _work(connection: Connection, assembler: Assembler, memories: Sequence[Any]) -> None:
+    """In a worker: assemble what is asked for until the reader closes the connection or dies."""
+    # A rank that is told to stop still needs its next batches to reach the step's border; it ends its workers itself.
+    for number in ASKING:
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, tasks), daemon=True).start()
+    slots = _Slots(memories)
+    assembler = replace(assembler, buffers=slots)
+    while True:
+        *coordinates, slot = tasks.get()
+        slots.begin(slot)
+        answer: Any
+        try:
+            answer = (slots.packed(assembler.assemble(*coordinates)), slot)
+        except LongskipError as error:
+            answer = error
+        except Exception:
+            answer = traceback.format_exc()
+        try:
+            connection.send(answer)
+        except OSError:
+            os._exit(0)
+
+
+def _receive(connection: Connection, tasks: queue.SimpleQueue[Any]) -> None:
+    """Takes tasks as they come, so that the reader never waits to hand one over; ends the process with the connection.
+
+    At once, without unloading torch: a process that does so while one of its threads still runs aborts now and then.
+    """
+    while True:
+        try:
+            tasks.put(connection.recv())
+        except (EOFError, OSError):
+            os._exit(0)

@@ -61,7 +61,12 @@ def _draw(curves: dict[str, dict[str, dict[int, float]]], path: Path) -> None:
     for dtype, style in zip(DTYPES, ("-", "--"), strict=True):
         loss, validation = curves[dtype]["loss"], curves[dtype]["validation"]
         left.plot(list(loss), list(loss.values()), style, label=f"{dtype}, training", linewidth=1)
-        left.plot(list(validation), list(validation.values()), "o" if style == "-" else "x", label=f"{dtype}, validation (EMA)")
+        left.plot(
+            list(validation),
+            list(validation.values()),
+            "o" if style == "-" else "x",
+            label=f"{dtype}, validation (EMA)",
+        )
     left.set(xlabel="step", ylabel="loss", yscale="log", title="loss")
     left.legend(fontsize=7)
     fp32, bf16 = (curves[dtype]["loss"] for dtype in DTYPES)

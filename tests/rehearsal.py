@@ -49,7 +49,9 @@ def main() -> None:
             "train.name=rehearsal", f"train.steps={STEPS}", "train.batch_size=4", "train.dtype=fp32",
             "optim.warmup_steps=10", "logging.every=1", "checkpoint.every=0", "eval.every=0",
         )  # fmt: skip
-    lines = [json.loads(line) for line in (Path("runs") / "rehearsal" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    lines = [
+        json.loads(line) for line in (Path("runs") / "rehearsal" / "metrics.jsonl").read_text("utf-8").splitlines()
+    ]
     run = json.loads((Path("runs") / "rehearsal" / "run.json").read_text("utf-8"))
     result: dict[str, Any] = {
         "command": "python -m tests.rehearsal",

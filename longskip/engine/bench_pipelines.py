@@ -60,7 +60,7 @@ class Undrawn(Assembler):
     """The assembler without times and noise, which webdataset's pipelines do not draw either."""
 
     def draws(self, epochs: np.ndarray, samples: np.ndarray, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.zeros(len(samples)), torch.zeros(1).expand(len(samples), *shape)
+        return torch.zeros(len(samples)), torch.zeros(len(samples), 0)
 
 
 def reader_of(folder: Path, kind: Kind, workers: int, *, draws: bool, start: int = 0) -> Reader:

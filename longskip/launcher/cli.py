@@ -108,7 +108,9 @@ def sample(
     prompts: Annotated[Path | None, typer.Option(help="a file with one prompt a line")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="sampler steps; the run's eval group by default")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="1 is none; the run's eval group by default")] = None,
-    sampler: Annotated[str | None, typer.Option(help="euler or heun; the run's eval group by default")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="auto, euler, heun, ddim or dpm++; the run's eval group by default")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     weights: WeightsOption = "ema",
     checkpoint: CheckpointOption = None,
@@ -131,7 +133,9 @@ def evaluate(
     weights: WeightsOption = "ema",
     steps: Annotated[int | None, typer.Option(min=1, help="sampler steps; the configuration's by default")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="the configuration's by default")] = None,
-    sampler: Annotated[str | None, typer.Option(help="euler or heun; the configuration's by default")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="auto, euler, heun, ddim or dpm++; the configuration's by default")
+    ] = None,
     count: Annotated[
         int | None, typer.Option(min=2, help="pictures each score draws, samples of likelihood; the configuration's")
     ] = None,
@@ -139,7 +143,8 @@ def evaluate(
     judge: Annotated[str | None, typer.Option(help="shapes, nearest or none; the configuration's by default")] = None,
     fid: Annotated[str | None, typer.Option(metavar="STATS", help="FID and KID against a file of data stats")] = None,
     network: Annotated[
-        str | None, typer.Option(help="the statistics' network: a TorchScript file (a program: it runs) or CLIP's folder")
+        str | None,
+        typer.Option(help="the statistics' network: a TorchScript file (a program: it runs) or CLIP's folder"),
     ] = None,
     clip: Annotated[str | None, typer.Option(help="CLIP score: the folder of a CLIP (transformers)")] = None,
     likelihood: Annotated[list[str] | None, typer.Option(metavar="vlb|ode", help="of validation samples")] = None,

@@ -225,8 +225,8 @@ class UViT(nn.Module):
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """From now on ``Block.compute`` goes through ``torch.compile``: one graph for all blocks without a skip and one
         for those with, each for training, for inference and anew for another number of tokens; a graph break is an
-        error. Gathering, ``Packed.guard`` and checkpointing stay outside. Dispatch counters do not see the blocks of a
-        compiled model, so count another one.
+        error. Gathering, ``Packed.guard`` and checkpointing stay outside. Under a dispatch mode, as counters are, torch
+        refuses to run a compiled block: count another model.
         """
         from torch._dynamo import config  # here: it takes a second to import
 

@@ -9,7 +9,7 @@ import torch
 
 from longskip.engine.build import build_model
 from longskip.engine.diffusion import Flow
-from longskip.engine.trainer import step_cost
+from longskip.engine.costs import step_cost
 from longskip.profiling import count_flops
 from tests.figures import figure
 from tests.ranks import small_config
@@ -39,3 +39,35 @@ def test_hardware_flops_are_those_that_a_step_executes(shapes: Path, model: dict
     assert cost.model_flops == 3 * count_flops(lambda: built(clean, time, tokens)).flops
     assert cost.six_nd == 6 * (counts.total + 300 * 64) * cost.tokens
     assert cost.tokens == 2 * 33 and cost.image_tokens == 2 * 16
+
+
+@pytest.mark.parametrize("checkpointing", [0, 2])
+def test_frozen_text_needs_no_gradient(shapes: Path, checkpointing: int) -> None:
+    """Features of a frozen encoder: the projection's gradient towards them is not computed, and not counted."""
+    encoders = {"text": {"kind": "clip", "width": 48, "n_tokens": 16}}
+    config = small_config(
+        shapes,
+        encoders=encoders,
+        engine={"checkpointing": checkpointing},
+        train={"batch_size": 2},
+        diffusion={"caption_dropout": 0.0},
+    )
+    built = build_model(config, 0, layout="named").materialize(0)
+    cost = step_cost(config, config.batch(1), n_parameters=1)
+    text, time = torch.randn(2, 16, 48), torch.tensor([0.3, 0.6])
+
+    def step() -> None:
+        built(torch.randn(2, 3, 32, 32), time, text=text).square().sum().backward()
+
+    counted = count_flops(step)
+    assert cost.hardware_flops == 2 * (counted.macs - counted.recomputed_macs)
+
+
+def test_a_bucket_costs_what_its_size_costs(shapes: Path) -> None:
+    config = small_config(shapes, train={"batch_size": 2})
+    built = build_model(config, 300, layout="named").materialize(0)
+    cost = step_cost(config, config.batch(1), n_parameters=7, bucket=(24, 40))
+    tokens, time = torch.ones(2, 16, dtype=torch.int64), torch.tensor([0.3, 0.6])
+    assert cost.model_flops == 3 * count_flops(lambda: built(torch.randn(2, 3, 24, 40), time, tokens)).flops
+    assert cost.tokens == 2 * (1 + 16 + 3 * 5) and cost.image_tokens == 2 * 3 * 5
+    assert cost.six_nd == 6 * 7 * cost.tokens

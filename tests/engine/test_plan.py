@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longskip.engine.data.plan import Cursor, Plan, permute
+from longskip.engine.data.interleave import Interleave
+from longskip.engine.data.plan import Cursor, Lane, Plan, Shuffled, Stream, permute
 from longskip.errors import ConfigError, DataError
 
 MASK = (1 << 64) - 1
@@ -54,6 +55,21 @@ def test_the_order_is_frozen():
     # A run is resumed by its position alone, so these numbers may never change.
     assert permute(range(10), 10, 0, 0).tolist() == [6, 5, 0, 8, 1, 7, 4, 2, 9, 3]
     assert permute(range(5), 1_000_000, 42, 7).tolist() == [595386, 821643, 128, 792223, 892804]
+
+
+def test_the_plan_of_one_data_set_is_frozen():
+    # Of the version before there were buckets and mixes: runs that began then go on bitwise.
+    plan = Plan(1000, 8, 42)
+    zeros, ones = [0] * 8, [1] * 8
+    assert [part.tolist() for part in plan.batch_at(124)] == [zeros, [617, 901, 197, 304, 261, 322, 306, 970]]
+    assert [part.tolist() for part in plan.batch_at(125)] == [ones, [362, 344, 928, 776, 638, 271, 977, 96]]
+    over = plan.batch_at(plan.cursor(13).skip((15, 990)))
+    assert [part.tolist() for part in over] == [zeros, [538, 749, 832, 115, 617, 901, 197, 304]]
+    large = Plan(10**9 + 7, 4, 3).batch_at(10**10)
+    assert [part.tolist() for part in large] == [[39] * 4, [92892422, 690337042, 414616091, 555879337]]
+    assert plan.buckets == ()
+    assert plan.bucket_at(3) is None
+    assert plan.passes(125) == {"data": 1.0}
 
 
 def test_every_place_is_equally_likely_over_the_epochs():
@@ -174,3 +190,101 @@ def test_a_plan_of_many_samples_takes_no_memory():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20
+
+
+def laned(seed: int, sizes: list[list[int]], weights: list[int], batch: int) -> Plan:
+    """A plan of a lane per list and a stream per number of samples; samples are numbered stream by stream."""
+    lanes, first = [], 0
+    for number, counts in enumerate(sizes):
+        streams = []
+        for at, count in enumerate(counts):
+            streams.append(
+                Stream(Shuffled(count, seed + 10 * number + at), f"set {at}", lambda s, first=first: s + first)
+            )
+            first += count
+        lanes.append(Lane(tuple(streams), tuple(weights[: len(counts)]), sum(counts), (8 * (number + 1), 8)))
+    return Plan(first, batch, seed, tuple(lanes))
+
+
+def walked(plan: Plan, sizes: list[list[int]], steps: int) -> list[tuple[int, list[tuple[int, int]]]]:
+    """(lane, [(epoch, sample)]) of each batch, found by walking: counters instead of closed forms."""
+    lanes = Interleave([sum(counts) for counts in sizes]).at(np.arange(steps))[0].tolist()
+    walks = [iter(lane.interleave.at(np.arange(steps * plan.batch))[0].tolist()) for lane in plan.lanes]
+    served = [[0] * len(counts) for counts in sizes]
+    orders: dict[tuple[int, int, int], list[int]] = {}
+    out = []
+    for lane in lanes:
+        rows = []
+        for _ in range(plan.batch):
+            at = next(walks[lane])
+            epoch, within = divmod(served[lane][at], sizes[lane][at])
+            served[lane][at] += 1
+            if (lane, at, epoch) not in orders:
+                count, first = sizes[lane][at], sum(map(sum, sizes[:lane])) + sum(sizes[lane][:at])
+                order = permute(range(count), count, plan.seed + 10 * lane + at, epoch)
+                orders[lane, at, epoch] = [first + int(sample) for sample in order]
+            rows.append((epoch, orders[lane, at, epoch][within]))
+        out.append((lane, rows))
+    return out
+
+
+some_sizes = st.lists(st.lists(st.integers(1, 25), min_size=1, max_size=3), min_size=2, max_size=4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=some_sizes,
+    weights=st.lists(st.integers(1, 9), min_size=3, max_size=3),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+def test_lanes_equal_a_walk_with_counters(sizes, weights, seed, data):
+    batch = data.draw(st.sampled_from([b for b in (1, 2, 4, 6, 12) if b <= min(map(sum, sizes))]))
+    plan, steps = laned(seed, sizes, weights, batch), 40
+    expected = walked(plan, sizes, steps)
+    for k in data.draw(st.permutations(range(steps))):  # any batch by itself, in any order
+        lane, rows = expected[k]
+        epochs, samples = plan.batch_at(k)
+        assert list(zip(epochs.tolist(), samples.tolist(), strict=True)) == rows
+        assert plan.bucket_at(k) == plan.bucket_at(plan.batch_cursor(k)) == (8 * (lane + 1), 8)
+    for world, micro in ((1, batch), (2, batch // 2), (batch, 1)):
+        if micro * world == batch:
+            shares = [plan.slots(7, rank, world, micro, 1)[0][1].tolist() for rank in range(world)]
+            assert [sample for share in shares for sample in share] == [sample for _, sample in expected[7][1]]
+    whole = np.concatenate([plan.batch_at(k) for k in range(steps)], axis=1)
+    assert [part.tolist() for part in plan.lookup(np.arange(steps * batch))] == whole.tolist()
+    served = Counter(zip(*whole.tolist(), strict=True))
+    assert set(served.values()) == {1}  # every sample once per epoch of its stream
+    places = Counter(int(sample) for sample in whole[1])
+    ends = np.cumsum([count for counts in sizes for count in counts])
+    for first, last in zip([0, *ends[:-1]], ends, strict=True):
+        counts = [places[sample] for sample in range(first, last)]
+        assert max(counts) - min(counts) <= 1  # none comes again before all of its stream have come
+    passes = plan.passes(steps)
+    for at in range(max(map(len, sizes))):
+        members = [sample for lane, counts in enumerate(sizes) for j in range(len(counts)) if j == at
+                   for sample in range(sum(map(sum, sizes[:lane])) + sum(counts[:j]),
+                                       sum(map(sum, sizes[:lane])) + sum(counts[: j + 1]))]  # fmt: skip
+        assert passes[f"set {at}"] == sum(places[sample] for sample in members) / len(members)
+
+
+def test_with_lanes_only_whole_batches_are_skipped():
+    plan = laned(0, [[9], [20]], [1, 1, 1], 4)
+    cursor = plan.cursor().skip((4, 12))
+    assert [plan.batch_at(cursor)[1].tolist(), plan.batch_at(cursor.advance(4))[1].tolist()] == [
+        plan.batch_at(0)[1].tolist(), plan.batch_at(3)[1].tolist()]  # fmt: skip
+    assert plan.bucket_at(cursor.advance(4)) == plan.bucket_at(3)
+    assert plan.bucket_at(plan.cursor(4).skip((4, 12))) == plan.bucket_at(3)
+    for bad in (cursor.skip((14, 16)), cursor.skip((16, 18)), plan.cursor(2)):
+        for ask in (plan.batch_at, plan.bucket_at, plan.check, lambda at: plan.slots(at, 0, 2, 2, 1)):
+            with pytest.raises(DataError, match="inside a global batch of 4"):
+                ask(bad)
+    one = laned(0, [[9, 20]], [1, 1, 1], 4)  # of one bucket any position will do
+    assert one.batch_at(one.cursor(2).skip((3, 5)))[1].tolist() == one.lookup(np.array([2, 5, 6, 7]))[1].tolist()
+    assert one.bucket_at(one.cursor(2)) == (8, 8)
+
+
+def test_a_bucket_smaller_than_a_batch_is_refused():
+    with pytest.raises(DataError, match=r"the bucket 16x8 holds 5 samples, fewer than the global batch of 6") as caught:
+        laned(0, [[9], [2, 3]], [1, 1, 1], 6)
+    assert "train.batch_size to 5" in (caught.value.cure or "")

@@ -105,8 +105,16 @@ def nearest(buckets: Sequence[Size], heights: ArrayLike, widths: ArrayLike) -> n
     """
     order = sorted(range(len(buckets)), key=lambda i: Fraction(*buckets[i]))
     ends = [buckets[i] for i in order]
-    borders = [math.sqrt((a[0] * b[0]) / (a[1] * b[1])) for a, b in pairwise(ends)]
+    borders = [_root(Fraction(a[0] * b[0], a[1] * b[1])) for a, b in pairwise(ends)]
     return np.array(order, dtype=np.int64)[np.searchsorted(borders, np.asarray(heights) / np.asarray(widths))]
+
+
+def _root(square: Fraction) -> float:
+    """√square, rounded once where it is a fraction itself: pictures of just that ratio are then found equal to it."""
+    above, below = math.isqrt(square.numerator), math.isqrt(square.denominator)
+    if above * above == square.numerator and below * below == square.denominator:
+        return above / below
+    return math.sqrt(square)
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,7 @@ class Stream:
     """
 
     order: Order
-    name: str = ""
+    name: str = "data"
     numbers: Callable[[np.ndarray], np.ndarray] | None = None
 
     def lookup(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

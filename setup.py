@@ -28,7 +28,8 @@ EXTRAS = {
     # Needs CUDA's compiler and an installed torch: see README, "Optional packages".
     "flash": ["flash-attn"],
     "fa4": ["flash-attn-4"],
-    "hub": ["diffusers", "transformers"],
+    # sentencepiece reads the tokenizer that most T5 folders hold (spiece.model).
+    "hub": ["diffusers>=0.35", "transformers>=5", "sentencepiece>=0.2"],
     "track": ["wandb", "mlflow"],
     "eval": ["torchmetrics>=1.4"],  # not torchmetrics[image]: it needs torchvision
     # Shards at http(s):// and s3:// URLs. webdataset's transport needs the program curl instead.

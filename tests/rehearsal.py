@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def main() -> None:
         "peak_gib_per_rank": lines[-1]["memory/per_rank(GiB)"],
     }
     losses = result["losses"]
-    assert len(losses) == STEPS and all(a > b for a, b in zip(losses, losses[1:], strict=False)), losses
+    assert len(losses) == STEPS and all(a > b for a, b in pairwise(losses)), losses
     RESULT.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(json.dumps(result))
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -48,7 +47,7 @@ class Contender:
 
     name: str
     title: str
-    batches: Callable[[Path, Kind, int, bool], Iterable[Batch]]
+    batches: Callable[[Path, Kind, int, bool], Iterator[Batch]]
     workers: int
 
 
@@ -98,10 +97,12 @@ def _batch(micro: MicroBatch) -> Batch:
 
 
 def ours(folder: Path, kind: Kind, workers: int, endless: bool) -> Iterator[Batch]:
+    """What webdataset's pipelines give, and nothing more."""
     return _ours(folder, kind, workers, endless, draws=False)
 
 
 def ours_with_draws(folder: Path, kind: Kind, workers: int, endless: bool) -> Iterator[Batch]:
+    """As training takes it: with the times and the noise of every sample."""
     return _ours(folder, kind, workers, endless, draws=True)
 
 
@@ -172,7 +173,7 @@ def _stacked_pictures(samples: Sequence[tuple[Any, ...]]) -> list[Any]:
 
 
 def _decoded(jpeg: bytes) -> np.ndarray:
-    picture = Image.open(io.BytesIO(jpeg))
+    picture: Image.Image = Image.open(io.BytesIO(jpeg))
     picture.draft("RGB", (SIDE, SIDE))  # decodes at half size, as ours does
     if picture.size != (SIDE, SIDE):
         picture = picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=3.0)
@@ -193,7 +194,7 @@ def rates(contender: Contender, folder: Path, kind: Kind, samples: int, seconds:
     Endless batches are read; the clocks start when the shuffle buffer, the workers' queues and the allocator have
     settled, and stop after at least ``samples`` samples and ``seconds``.
     """
-    stream = iter(contender.batches(folder, kind, contender.workers, True))
+    stream = contender.batches(folder, kind, contender.workers, True)
     count = 0
     while count < SHUFFLE + 8 * BATCH:
         count += len(next(stream).keys)
@@ -209,11 +210,10 @@ def _processor_seconds() -> float:
     return sum(time.user + time.system for time in (one.cpu_times() for one in (me, *me.children(recursive=True))))
 
 
-def resume(folder: Path, kind: Kind, epochs: int) -> float:
-    """Milliseconds to open the shards, seek to the middle of a late epoch and have the first batch."""
-    samples = sum(1 for _ in ())
+def resume(folder: Path, kind: Kind, position: int) -> float:
+    """Milliseconds to open the shards, checks and all, seek to a position and have the first batch with its draws."""
     begin = time.perf_counter()
-    with reader_of(folder, kind, 0, draws=True, start=samples) as reader:
+    with reader_of(folder, kind, 0, draws=True, start=position) as reader:
         next(reader)
         return 1e3 * (time.perf_counter() - begin)
 
@@ -234,6 +234,3 @@ def contents(contender: Contender, folder: Path, kind: Kind) -> dict[str, Any]:
                 blocks = batch.arrays[0][i].reshape(3, COARSE, step, COARSE, step).mean(dim=(2, 4))
                 found[key]["coarse"] = blocks.flatten().tolist()
     return found
-
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")

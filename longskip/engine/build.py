@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ import torch
 
 from longskip.engine.checkpoint import Archive
 from longskip.engine.config import BatchPlan, Config
-from longskip.engine.data.sources import Source
+from longskip.engine.data.sources import SizedSource, Source
 from longskip.engine.data.tokens import FIRST_WORD, Vocabulary
 from longskip.engine.distributed import World, import_deepspeed
+from longskip.engine.opening import spread
 from longskip.engine.optim import AdamW, parameter_groups
 from longskip.engine.runs import write_atomic
 from longskip.engine.shards import Kind, Shards
@@ -27,10 +27,9 @@ from longskip.models.uvit import UViT
 VOCABULARY_SCAN = 100_000
 
 
-def build_vocabulary(config: Config, source: Source) -> Vocabulary:
+def build_vocabulary(config: Config, source: SizedSource) -> Vocabulary:
     """The words of the captions (of at most ``VOCABULARY_SCAN`` samples spread evenly), the most frequent kept."""
-    stride = max(1, math.ceil(len(source) / VOCABULARY_SCAN))
-    texts = (text for i in range(0, len(source), stride) for text in captions_at(source, i))
+    texts = (text for i in spread(source, VOCABULARY_SCAN) for text in captions_at(source, i))
     return Vocabulary.build(texts, max(config.encoders.text.vocabulary, FIRST_WORD))
 
 

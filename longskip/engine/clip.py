@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from longskip.engine.encoderfiles import EncoderFiles, text_files
-from longskip.engine.encoders import _library, _loading
+from longskip.engine.encoders import library, loading
 from longskip.errors import DataError, EncoderError
 
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
@@ -55,12 +55,19 @@ class Clip:
         """uint8 (B, H, W, 3) → image embeddings (B, P) float32 on the CPU: projected, not normalised.
 
         CLIP's own preparation: shorter side resized (bicubic, antialiased, 8 bits), the square in the centre cut out,
-        scaled by its mean and deviation; what a wide picture has beside that square is not seen.
+        scaled by its mean and deviation; what a wide picture has beside that square is not seen. Raises ``EncoderError``
+        where the processor's pictures are not the model's.
         """
-        prepared = self._processor(
-            images=list(check_pictures(pictures)), input_data_format="channels_last", return_tensors="pt"
-        )
-        return self._vision(prepared["pixel_values"].float().to(self.device)).image_embeds.float().cpu()
+        images = list(check_pictures(pictures))
+        try:
+            prepared = self._processor(images=images, input_data_format="channels_last", return_tensors="pt")
+            found = self._vision(prepared["pixel_values"].float().to(self.device)).image_embeds
+        except (RuntimeError, ValueError) as error:
+            raise EncoderError(
+                f"{self.folder} fails on pictures {pictures.shape}: {str(error)[:300]}",
+                cure="take the processor's settings that belong to the model",
+            ) from error
+        return found.float().cpu()
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> tuple[torch.Tensor, int]:
@@ -76,8 +83,10 @@ class Clip:
         return found.float().cpu(), sum(length > positions for length in lengths)
 
     def load(self) -> Clip:
-        """Loads both halves now, so that what is damaged or missing is met before anything else is done."""
-        _ = self._processor, self._vision, self._tokenizer, self._text
+        """Loads and tries both halves now, so that what is wrong with them is met before anything else is done."""
+        widths = self.pictures(np.zeros((1, 32, 32, 3), dtype=np.uint8)).shape[1], self.texts([""])[0].shape[1]
+        if widths[0] != widths[1]:
+            raise EncoderError(f"{self.folder} puts pictures and texts into spaces of {widths[0]} and {widths[1]}")
         return self
 
     def describe(self) -> dict[str, Any]:
@@ -92,10 +101,10 @@ class Clip:
 
     @cached_property
     def _processor(self) -> Any:
-        transformers = _library("transformers")
+        transformers = library("transformers")
         # The one that computes with PIL; the other needs torchvision.
         kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
-        with _loading(self.files):
+        with loading(self.files):
             return kind.from_pretrained(str(self.folder), local_files_only=True)
 
     @cached_property
@@ -109,12 +118,12 @@ class Clip:
     @cached_property
     def _tokenizer(self) -> Any:
         files = text_files(self.folder)
-        with _loading(files):
-            return _library("transformers").CLIPTokenizer.from_pretrained(str(files.tokenizer), local_files_only=True)
+        with loading(files):
+            return library("transformers").CLIPTokenizer.from_pretrained(str(files.tokenizer), local_files_only=True)
 
     def _model(self, name: str) -> Any:
-        with _loading(self.files):
-            model, report = getattr(_library("transformers"), name).from_pretrained(
+        with loading(self.files):
+            model, report = getattr(library("transformers"), name).from_pretrained(
                 str(self.folder),
                 local_files_only=True,
                 use_safetensors=True,

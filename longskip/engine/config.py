@@ -345,6 +345,12 @@ class Config(Group):
             )
         if self.deepspeed.offload_optimizer == "cpu" and self.deepspeed.zero_stage == 0:
             raise ValueError("deepspeed.offload_optimizer cpu needs zero_stage 1, 2 or 3; it is 0")
+        urls = [path for path in (self.data.path, *(each.path for each in self.data.mix)) if "://" in path]
+        if urls and self.data.shuffle != "window":
+            raise ValueError(
+                f"data at {urls[0]} is streamed, which data.shuffle: full would make a fetch per sample; "
+                "set data.shuffle: window and data.remote: fsspec"
+            )
         if self.data.path and self.data.mix:
             raise ValueError("data.path and data.mix are both set; give one of them")
         if self.data.buckets != "off":
@@ -470,6 +476,7 @@ MAY_CHANGE_ON_RESUME = (
     "train.steps", "logging.", "eval.", "checkpoint.", "launch.", "budget.",
     # how the same numbers are computed, and where the same data and encoders lie (their fingerprints are compared)
     "engine.", "deepspeed.zero_stage", "deepspeed.offload_", "data.path", "data.validation", "data.workers", "data.cache",
+    "data.remote",
     "encoders.vae.path", "encoders.text.path",
 )  # fmt: skip
 

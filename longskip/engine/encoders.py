@@ -195,8 +195,8 @@ class Encoders:
     @cached_property
     def _autoencoder(self) -> Any:
         files = self.vae_files or check_vae(self.vae)  # which says that there is no path
-        AutoencoderKL = _library("diffusers").AutoencoderKL
-        with _loading(files):
+        AutoencoderKL = library("diffusers").AutoencoderKL
+        with loading(files):
             model, report = AutoencoderKL.from_pretrained(
                 str(files.folder),
                 local_files_only=True,
@@ -210,9 +210,9 @@ class Encoders:
     @cached_property
     def _text_model(self) -> Any:
         files = self.text_files or check_text(self.text)
-        transformers = _library("transformers")
+        transformers = library("transformers")
         kind = transformers.T5EncoderModel if self.text.kind == "t5" else transformers.CLIPTextModel
-        with _loading(files):
+        with loading(files):
             model, report = kind.from_pretrained(
                 str(files.folder),
                 local_files_only=True,
@@ -225,9 +225,9 @@ class Encoders:
     @cached_property
     def _tokenizer(self) -> Any:
         files = self.text_files or check_text(self.text)
-        transformers = _library("transformers")
+        transformers = library("transformers")
         kind = transformers.T5Tokenizer if self.text.kind == "t5" else transformers.CLIPTokenizer
-        with _loading(files):
+        with loading(files):
             tokenizer = kind.from_pretrained(str(files.tokenizer), local_files_only=True)
         size = vocabulary_size(files)
         if len(tokenizer) > size:
@@ -249,7 +249,8 @@ class Encoders:
         return model.requires_grad_(False).eval().to(self.device)
 
 
-def _library(name: str) -> Any:
+def library(name: str) -> Any:
+    """The package, imported now. Raises ``ConfigError`` where it is not installed."""
     try:
         return __import__(name)
     except ImportError as error:
@@ -257,11 +258,14 @@ def _library(name: str) -> Any:
 
 
 @contextmanager
-def _loading(files: EncoderFiles) -> Iterator[None]:
-    """Quiet loading (a whole CLIP has weights that its text half does not use) whose failures name the folder."""
+def loading(files: EncoderFiles) -> Iterator[None]:
+    """Quiet loading (a whole CLIP has weights that its text half does not use).
+
+    Raises ``EncoderError`` naming the folder for what the libraries raise.
+    """
     from safetensors import SafetensorError
 
-    logging = _library("transformers").utils.logging
+    logging = library("transformers").utils.logging
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -345,13 +349,12 @@ def _compare_entry(
 
 def _compare_sizes(where: str, entry: Mapping[str, Any], config: Config) -> None:
     """Resolution, or the set of buckets where the configuration has buckets."""
-    buckets = config.data.buckets
-    wanted = [] if isinstance(buckets, str) else sorted(list(size) for size in buckets)
+    wanted = sorted(list(size) for size in config.buckets)
     made = sorted(entry.get("buckets") or [])
-    if made != wanted and not (buckets == "auto" and made):
+    if made != wanted:
         raise EncoderError(
             f"{where} was encoded " + (f"in the buckets {made}" if made else "without buckets") + ", data.buckets is "
-            f"{wanted or buckets}",
+            f"{wanted or 'off'}",
             cure=f"set data.buckets to {made or 'off'}, or {_ENCODE}",
         )
     if not made and entry.get("resolution") != list(config.resolution):

@@ -15,9 +15,9 @@ import torch
 from longskip.engine.diffusion import objective_of
 from longskip.engine.distributed import World
 from longskip.engine.drawing import Drawing
-from longskip.engine.inputs import open_data
 from longskip.engine.judging import judge_nearest, judge_shapes
 from longskip.engine.likelihood import batches_of, evaluate_likelihood
+from longskip.engine.opening import open_data
 from longskip.engine.runs import write_atomic
 from longskip.engine.sample import Loaded, load_run
 from longskip.engine.scoring import Judges, prompts_of, score_drawn

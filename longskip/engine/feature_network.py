@@ -129,10 +129,7 @@ class _ClipNetwork(FeatureNetwork):
         self.path, self.clip = path, Clip(path, device)
 
     def _features(self, pictures: np.ndarray) -> torch.Tensor:
-        try:
-            return self.clip.pictures(pictures)
-        except (RuntimeError, ValueError) as error:  # a processor that does not belong to the model
-            raise EncoderError(f"{self.path} fails on pictures {pictures.shape}: {_first_line(error)}") from error
+        return self.clip.pictures(pictures)
 
     def describe(self) -> dict[str, Any]:
         resize = "shorter side bicubic, antialiased, 8 bits; centre square"

@@ -11,24 +11,12 @@ import torch
 
 from longskip.engine.config import Config
 from longskip.engine.data.reader import Assembler, MicroBatch
-from longskip.engine.data.sources import ShardSource, Source, open_source
+from longskip.engine.data.sources import Source
 from longskip.engine.data.tokens import Vocabulary
-from longskip.engine.encoders import Encoders, check_manifest
+from longskip.engine.encoders import Encoders
 from longskip.engine.texts import EncodedTexts, NoTexts, StoredTexts, Texts, WordTexts
 
 STORED_CAPTIONS = 16
-
-
-def open_data(config: Config, path: str) -> Source:
-    """The data at ``path`` for a run of ``config``.
-
-    Raises EncoderError for features of other encoders and for data that need an encoder that is not there, and what
-    opening data raises.
-    """
-    source = open_source(path, on_damage=config.data.on_damage)
-    index = source.index if isinstance(source, ShardSource) else None
-    check_manifest(config, index.encoders if index else {}, index.members if index else {"image": len(source)}, path)
-    return source
 
 
 class Inputs:

@@ -267,6 +267,8 @@ class Job:
 
     def close(self, status: str) -> None:
         self.reader.close()
+        if (close := getattr(self.source, "close", None)) is not None:  # folders have nothing to close
+            close()
         self.metrics.close()
         if self.world.is_main:
             with tolerant("run.json"):

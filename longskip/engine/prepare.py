@@ -16,15 +16,16 @@ from longskip import errors
 from longskip.engine import build, checkpoint, fitting, initial
 from longskip.engine.config import BatchPlan, Config
 from longskip.engine.costs import StepCost, step_cost
-from longskip.engine.data.plan import Plan
+from longskip.engine.data.buckets import Assignment
 from longskip.engine.data.reader import Reader
-from longskip.engine.data.sources import Source
+from longskip.engine.data.sources import SizedSource, Source
 from longskip.engine.data.tokens import Vocabulary
 from longskip.engine.diffusion import objective_of
 from longskip.engine.distributed import World, broadcast_object
-from longskip.engine.inputs import Inputs, open_data
+from longskip.engine.inputs import Inputs
 from longskip.engine.job import Job, LoopState
 from longskip.engine.metrics import Metrics
+from longskip.engine.opening import data_name, open_training, plan_for, sort_into_buckets
 from longskip.engine.runs import RunFolder
 from longskip.engine.validation import Validation
 from longskip.errors import DataError, LongskipError, RunMismatchError
@@ -39,9 +40,10 @@ def prepare(config: Config, run_path: Path, world: World) -> Job:
     claimed: Any = on_main(world, lambda: _claim(run, config))
     resuming, kept_micro, attempt = claimed["resuming"], claimed["micro_batch"], claimed["attempt"]
     batch = config.batch(world.size, kept_micro)
-    on_main(world, lambda: _check(config, batch, world.device))
-    source = open_data(config, config.data.path)
-    plan = Plan(len(source), batch.total, config.train.seed)
+    on_main(world, lambda: _check(run, config, batch, world.device))
+    source = open_training(config)
+    assignment = Assignment.load(run.path, source.fingerprint()) if config.data.buckets != "off" else None
+    plan = plan_for(config, source, batch.total, assignment)
     if not resuming and config.encoders.text.kind == "words":
         on_main(world, lambda: _begin_vocabulary(run, config, source))
     vocabulary = build.words_of(run.path, config)
@@ -56,7 +58,8 @@ def prepare(config: Config, run_path: Path, world: World) -> Job:
     ds_config = build.deepspeed_config(config, batch, n_parameters=n_parameters, cuda=world.device.type == "cuda")
     backends.configure(config.kernels.by_op())
     engine, optimizer, shards = build.build_engine(config, model, world, ds_config)
-    cost = step_cost(config, batch, n_parameters)
+    costs = {bucket: step_cost(config, batch, n_parameters, bucket) for bucket in (*plan.buckets, None)}
+    cost = costs[None]
     summary = _summary(config, run, cost, batch, n_parameters, source)
     on_main(world, lambda: _settle(run, config, ds_config, summary, resuming))
 
@@ -97,12 +100,12 @@ def prepare(config: Config, run_path: Path, world: World) -> Job:
     )
     job = Job(
         config, world, run, batch, source, engine, optimizer, shards, reader, objective_of(config.diffusion), inputs,
-        lambda cursor: cost, state, attempt, meter, metrics, validation, started_at=state.step,
+        lambda cursor: costs[plan.bucket_at(cursor)], state, attempt, meter, metrics, validation, started_at=state.step,
     )  # fmt: skip
     for complaint in complaints:
         job.incident("bad_checkpoint", complaint)
         metrics.say(f"passed over a checkpoint: {complaint}")
-    _announce(job, resuming, n_parameters, meter)
+    _announce(job, resuming, n_parameters, meter, assignment)
     return job
 
 
@@ -145,7 +148,7 @@ def _find_start(run: RunFolder, config: Config, vocabulary: Vocabulary | None) -
     return str(found)
 
 
-def _begin_vocabulary(run: RunFolder, config: Config, source: Source) -> None:
+def _begin_vocabulary(run: RunFolder, config: Config, source: SizedSource) -> None:
     """A new run's words: those of the weights that it starts from, else those of its captions."""
     parent = initial.initial_vocabulary(config.train.init_from) if config.train.init_from else None
     words = build.load_vocabulary(parent) if parent else build.build_vocabulary(config, source)
@@ -188,9 +191,13 @@ def _claim(run: RunFolder, config: Config) -> dict[str, Any]:
     return {"resuming": resuming, "micro_batch": saved.get("micro_batch"), "attempt": 1 + max(attempts, default=0)}
 
 
-def _check(config: Config, batch: BatchPlan, device: torch.device) -> None:
+def _check(run: RunFolder, config: Config, batch: BatchPlan, device: torch.device) -> None:
     """What can be wrong with data and backends, found before any rank builds a model."""
-    Plan(len(open_data(config, config.data.path)), batch.total, config.train.seed)
+    source = open_training(config)
+    assignment = sort_into_buckets(config, source, batch.total)
+    if assignment is not None:
+        assignment.save(run.path, source.fingerprint())
+    plan_for(config, source, batch.total, assignment)
     backends.configure(config.kernels.by_op())
     backends.choices(device)
 
@@ -201,7 +208,7 @@ def _settle(run: RunFolder, config: Config, ds_config: dict[str, Any], summary: 
         saved = json.loads((run / "run.json").read_text("utf-8"))
         if saved.get("data", {}).get("fingerprint") != summary["data"]["fingerprint"]:
             raise RunMismatchError(
-                f"{config.data.path} is not the data that {run.path} was trained on "
+                f"{data_name(config)} is not the data that {run.path} was trained on "
                 f"({saved.get('data')} then, {summary['data']} now)",
                 cure="bring the data back, or give the new run its own train.name=…",
             )
@@ -237,7 +244,7 @@ def _summary(
     }
 
 
-def _announce(job: Job, resuming: bool, n_parameters: int, meter: Meter) -> None:
+def _announce(job: Job, resuming: bool, n_parameters: int, meter: Meter, assignment: Assignment | None) -> None:
     config, state = job.config, job.state
     say = job.metrics.say
     backbone = config.backbone().param_counts().total
@@ -246,7 +253,10 @@ def _announce(job: Job, resuming: bool, n_parameters: int, meter: Meter) -> None
         f"{config.model.preset}: {n_parameters:,} parameters{text}, {config.train.dtype}, "
         f"ZeRO-{config.deepspeed.zero_stage}, {config.engine.layout} layout, {job.batch}"
     )
-    say(f"{len(job.source):,} samples in {config.data.path}; {config.train.steps:,} steps")
+    say(f"{len(job.source):,} samples in {data_name(config)}; {config.train.steps:,} steps")
+    if assignment is not None:
+        for line in (*assignment.histogram.lines(), *assignment.histogram.warnings()):
+            say(line)
     if meter.reason:
         say(meter.reason)
     if resuming:

@@ -118,7 +118,7 @@ class RunFolder:
         """Remove what a start that never became a run left behind; a folder with a configuration is left alone."""
         if (self.path / "config.yaml").exists():
             return
-        for name in ("run.lock", "vocabulary.json"):
+        for name in ("run.lock", "vocabulary.json", "buckets.npy", "buckets.json"):
             (self.path / name).unlink(missing_ok=True)
         with suppress(OSError):  # something else stands in it
             self.path.rmdir()

@@ -17,7 +17,8 @@ from longskip.engine.diffusion import objective_of
 from longskip.engine.drawing import Drawing, draw, repeats_of
 from longskip.engine.feature_network import FeatureNetwork
 from longskip.engine.fidelity import Fidelity, Statistics
-from longskip.engine.inputs import Inputs, open_data
+from longskip.engine.inputs import Inputs
+from longskip.engine.opening import open_data
 from longskip.engine.sample import Loaded
 from longskip.engine.texts import NoTexts, Texts
 from longskip.errors import BadSampleError, ConfigError, DataError

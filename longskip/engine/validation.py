@@ -22,7 +22,8 @@ from longskip.engine.diffusion import Objective
 from longskip.engine.distributed import World, all_reduce_sum
 from longskip.engine.drawing import Drawing, draw, repeats_of
 from longskip.engine.grids import make_grid
-from longskip.engine.inputs import Inputs, open_data
+from longskip.engine.inputs import Inputs
+from longskip.engine.opening import open_data
 from longskip.engine.runs import write_atomic
 from longskip.engine.shards import Shards
 from longskip.engine.texts import NoTexts, StoredTexts, Texts

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +18,8 @@ from longskip.launcher.progress import counting
 
 LINE_SECONDS = 30.0
 
+Size = tuple[int, int]
+
 
 def encode(
     out: Annotated[Path, typer.Option(help="the folder for the feature shards")],
@@ -28,7 +30,8 @@ def encode(
     text: Annotated[Path | None, typer.Option(help="the folder of a T5 or CLIP with its tokenizer")] = None,
     text_kind: Annotated[str, typer.Option(help="auto, t5 or clip")] = "auto",
     resolution: Annotated[str, typer.Option(help="pixels: 256, or HxW")] = "256",
-    buckets: Annotated[str | None, typer.Option(help="HxW,HxW,…: each picture at the nearest aspect ratio")] = None,
+    buckets: Annotated[str, typer.Option(help="off, auto or HxW,HxW,…: pictures at the nearest aspect ratio")] = "off",
+    patch: Annotated[int, typer.Option(min=1, help="the model's patch, for --buckets auto")] = 2,
     n_tokens: Annotated[int | None, typer.Option(min=1, help="tokens a caption; 77 for CLIP, 120 for T5")] = None,
     too_long: Annotated[str, typer.Option(help="captions past --n-tokens: error (left out) or truncate")] = "error",
     dtype: Annotated[str, typer.Option(help="of what is stored: fp16 or fp32")] = "fp16",
@@ -53,39 +56,35 @@ def encode(
             return
         if shards is None:
             raise ConfigError("SHARDS is missing", cure="longskip data encode SHARDS --out DIR --vae PATH --text PATH")
-        for name, value, known in (
-            ("--text-kind", text_kind, ("auto", "t5", "clip")),
-            ("--too-long", too_long, ("error", "truncate")),
-            ("--dtype", dtype, ("fp16", "fp32")),
-            ("--compute", compute, ("fp32", "bf16")),
-            ("--on-damage", on_damage, ("stop", "skip")),
-        ):
-            if value not in known:
-                raise ConfigError(f"{name} {value!r}", cure=f"one of {', '.join(known)}")
+        to_encoders = {
+            "text_kind": _one_of("--text-kind", text_kind, "auto", "t5", "clip"),
+            "n_tokens": n_tokens,
+            "too_long": _one_of("--too-long", too_long, "error", "truncate"),
+        }
+        to_work = {
+            "dtype": _one_of("--dtype", dtype, "fp16", "fp32"),
+            "on_damage": _one_of("--on-damage", on_damage, "stop", "skip"),
+        }
+        _one_of("--compute", compute, "fp32", "bf16")
         rank, world = _whole("RANK", 0), _whole("WORLD_SIZE", 1)
-        size, sizes = parse_size(resolution), [parse_size(part) for part in buckets.split(",")] if buckets else []
+        size = parse_size(resolution)
+        sizes = () if buckets in ("off", "auto") else tuple(parse_size(part) for part in buckets.split(","))
 
         import torch
 
+        from longskip.engine.data.buckets import auto_buckets
         from longskip.engine.data.encode import encode_shards
         from longskip.engine.encoders import Encoders
 
-        encoders = Encoders.at(
-            vae,
-            text,
-            size,
-            _device(device),
-            {"fp32": torch.float32, "bf16": torch.bfloat16}[compute],
-            text_kind=text_kind,
-            n_tokens=n_tokens,
-            too_long=too_long,
-        )
+        computing = torch.float32 if compute == "fp32" else torch.bfloat16
+        encoders = Encoders.at(vae, text, size, _device(device), computing, **to_encoders)
+        if buckets == "auto":
+            sizes = auto_buckets(size, encoders.vae.factor * patch)
         with _progress(rank) as progress:
             done = encode_shards(
                 shards,
                 out,
                 encoders,
-                dtype=dtype,
                 batch=batch,
                 buckets=sizes,
                 keep_pictures=keep_pictures,
@@ -94,8 +93,8 @@ def encode(
                 per_shard=per_shard,
                 workers=workers,
                 max_bad_share=max_bad_share,
-                on_damage=on_damage,
                 progress=progress,
+                **to_work,
             )
         if as_json:
             print(json.dumps({"out": str(out), "rank": rank, "world": world, **done.to_json()}))
@@ -136,7 +135,7 @@ def _finish(out: Path, max_bad_share: float, as_json: bool) -> None:
         print(f"{index.total:,} samples in {len(index.shards)} shard(s) at {out}: complete")
 
 
-def _settings(out: Path, encoders: Any, size: tuple[int, int], buckets: list[tuple[int, int]]) -> Iterator[str]:
+def _settings(out: Path, encoders: Any, size: Size, buckets: Sequence[Size]) -> Iterator[str]:
     """The configuration that these features ask for, as dotted overrides."""
     yield f"data.path={out}"
     if encoders.vae.kind == "vae":
@@ -150,12 +149,18 @@ def _settings(out: Path, encoders: Any, size: tuple[int, int], buckets: list[tup
             yield f"encoders.text.{name}={getattr(encoders.text, name)}"
 
 
-def parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> Size:
     """``256`` or ``192x320`` (H x W) in pixels. Raises ``ConfigError`` for anything else."""
     sides = text.strip().lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() and len(side) < 6 and int(side) for side in sides):
         raise ConfigError(f"{text!r} is no size in pixels", cure="write 256 for a square, or HxW as in 192x320")
     return int(sides[0]), int(sides[-1])
+
+
+def _one_of(name: str, value: str, *known: str) -> Any:
+    if value not in known:
+        raise ConfigError(f"{name} {value!r}", cure=f"one of {', '.join(known)}")
+    return value
 
 
 def _whole(name: str, default: int) -> int:

@@ -258,9 +258,7 @@ class UViT(nn.Module):
             x = run(index, x, skips.pop() if self.spec.skips else None)  # (B, L, h)
         return self.head(x, now, grid).float()  # (B, C_out, H, W)
 
-    def _run(
-        self, index: int, x: Tensor, skip: Tensor | None, time: Tensor | None, key_mask: Tensor | None
-    ) -> Tensor:
+    def _run(self, index: int, x: Tensor, skip: Tensor | None, time: Tensor | None, key_mask: Tensor | None) -> Tensor:
         block = self.blocks[index]
         if not self.checkpointing or index % self.checkpointing or not torch.is_grad_enabled():
             return block(x, skip, time, key_mask)

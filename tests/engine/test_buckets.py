@@ -256,13 +256,13 @@ def test_small_buckets_are_dissolved_one_after_the_other(pictures, batch):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    n=st.one_of(st.integers(1, 50), st.sampled_from([1023, 1024, 1025, 2048, 3000, 4096])), buckets=st.integers(1, 255),
-    seed=st.integers(0, 99),
+    n=st.one_of(st.integers(1, 50), st.sampled_from([1023, 1024, 1025, 2048, 3000, 4096])),
+    buckets=st.one_of(st.integers(1, 9), st.just(255)), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_rank_and_select_equal_a_search(n, buckets, seed):
     rng = np.random.default_rng(seed)
-    codes = rng.choice(np.append(rng.permutation(255)[: min(buckets, 4)], LEFT_OUT), n).astype(np.uint8)
-    found = Assignment([(1, b + 1) for b in range(255)], codes, Histogram((), 1))
+    codes = rng.choice(np.append(rng.permutation(buckets)[:4], LEFT_OUT), n).astype(np.uint8)
+    found = Assignment([(1, b + 1) for b in range(buckets)], codes, Histogram((), 1))
     for bucket in {*codes.tolist(), 0} - {LEFT_OUT}:
         where = np.flatnonzero(codes == bucket)
         assert found.counts[bucket] == len(where)

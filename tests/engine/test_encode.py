@@ -4,7 +4,6 @@ import fcntl
 import hashlib
 import io
 import json
-import math
 import os
 import shutil
 import signal
@@ -18,14 +17,17 @@ import safetensors.numpy
 import torch
 from PIL import Image
 
+from longskip.engine.config import Config
+from longskip.engine.configio import validate
 from longskip.engine.data import encode as encode_module
 from longskip.engine.data.decode import decode_image
-from longskip.engine.data.encode import encode_shards, nearest
+from longskip.engine.data.encode import encode_shards
 from longskip.engine.data.encoding import Encoding
 from longskip.engine.data.index import load_index, load_table
 from longskip.engine.data.pack import write_shards
 from longskip.engine.data.sources import ShardSource, open_source
-from longskip.engine.encoders import Encoders
+from longskip.engine.encoders import Encoders, check_manifest
+from longskip.engine.inputs import Inputs
 from longskip.errors import ConfigError, DataError, EncoderError, RunLockedError, ShardError
 from longskip.launcher.cli import main
 from longskip.launcher.cli_encode import parse_size
@@ -468,15 +470,6 @@ def test_buckets_take_each_picture_at_its_nearest_shape(folder, tmp_path):
     assert len({tuple(array(features, i, "latent.npy").shape) for i in range(9)}) == 4
 
 
-def test_the_nearest_bucket_is_nearest_in_the_logarithm():
-    rng = np.random.default_rng(0)
-    buckets = [(int(h), int(w)) for h, w in rng.integers(1, 40, (12, 2))]
-    for height, width in rng.integers(1, 200, (200, 2)).tolist():
-        found = nearest(buckets, height, width)
-        distances = [abs(math.log2(h) - math.log2(w) - math.log2(height / width)) for h, w in buckets]
-        assert distances[buckets.index(found)] == pytest.approx(min(distances))
-
-
 def test_a_folder_of_pictures_is_encoded_into_shards(folder, tmp_path):
     photos = tmp_path / "photos"
     (photos / "b").mkdir(parents=True)
@@ -528,8 +521,9 @@ def test_pictures_are_kept_when_asked_for_and_parts_can_be_left_out(folder, tmp_
         ({"rank": 2, "world": 2}, "rank 2 of 2"),
         ({"rank": 0, "world": 0}, "rank 0 of 0"),
         ({"max_bad_share": 1.5}, r"max_bad_share 1\.5"),
-        ({"buckets": [(32, 30)]}, "32x30 is not divisible by the autoencoder's factor 8"),
-        ({"buckets": [(0, 32)]}, "0x32 is not divisible"),
+        ({"buckets": [(32, 30)]}, "the bucket 32x30 does not divide"),
+        ({"buckets": [(0, 32)]}, "the bucket 0x32 does not divide"),
+        ({"buckets": [(32, 32), (16, 16)]}, "same aspect ratio"),
         ({"encoders": lambda f: of(f, None, None)}, "no encoder is named"),
         ({"encoders": lambda f: of(f, vae=None)}, "pictures must be kept"),
         ({"encoders": lambda f: of(f, vae=None), "keep_pictures": True, "buckets": [(8, 8)]}, "pictures must be kept"),
@@ -598,6 +592,63 @@ def test_the_command_encodes_by_rank_and_finishes(folder, whole, tmp_path, capsy
     monkeypatch.delenv("WORLD_SIZE")
     assert command(*typed, "--dtype", "fp32") == 2
     assert "encoded with other settings" in capsys.readouterr().err
+
+
+def opened(config: Config, path: Path) -> ShardSource:
+    """The data of a run, checked as a run checks them."""
+    source = open_source(path)
+    assert isinstance(source, ShardSource)
+    check_manifest(config, source.index.encoders, source.index.members, str(path))
+    return source
+
+
+def test_the_command_makes_the_buckets_that_a_run_of_auto_expects(folder, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    typed = ["--vae", str(folder / "vae"), "--resolution", "64", "--buckets", "auto", "--patch", "1"]
+    assert command(str(folder / "shards"), "--out", str(out), "--device", "cpu", *typed, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["complete"]
+    tree = {
+        "model": {"preset": "uvit-tiny", "resolution": 64, "patch": 1},
+        "data": {"path": str(out), "buckets": "auto"},
+        "encoders": {"vae": {"kind": "vae"}},
+    }
+    assert len(opened(validate(tree), out)) == 10
+    tree["model"]["patch"] = 2
+    with pytest.raises(EncoderError, match=r"in the buckets .* data\.buckets is"):
+        opened(validate(tree), out)
+
+
+def test_a_run_reads_what_was_encoded(folder, whole):
+    """Through the run's own reader: latents, the chosen caption's text and mask, and the empty caption's."""
+    tree = {
+        "model": {"preset": "uvit-tiny", "resolution": 32, "patch": 2},
+        "data": {"path": str(whole)},
+        "encoders": {
+            "vae": {"kind": "vae", "path": str(folder / "vae")},
+            "text": {"kind": "t5", "path": str(folder / "t5"), "width": 32, "n_tokens": 20},
+        },
+    }
+    config = validate(tree)
+    source = opened(config, whole)
+    inputs = Inputs(config, None, torch.device("cpu"), source)
+    numbers = np.arange(10)
+    batch = inputs.assembler(source).assemble(np.zeros_like(numbers), numbers)
+    assert batch.bad == []
+    for i in range(10):
+        row = [text for text, _ in source.captions(i)].index(batch.captions[i])
+        np.testing.assert_array_equal(batch.clean[i].numpy(), array(source, i, "latent.npy"))
+        np.testing.assert_array_equal(batch.conditions["text"][i].numpy(), array(source, i, "text.npy")[row])
+        np.testing.assert_array_equal(batch.conditions["text_mask"][i].numpy(), array(source, i, "mask.npy")[row])
+    dropped = inputs.assembler(source, caption_dropout=1.0).assemble(np.zeros_like(numbers), numbers)
+    empty = safetensors.numpy.load((whole / "empty.safetensors").read_bytes())
+    for i in range(10):
+        np.testing.assert_array_equal(dropped.conditions["text"][i].numpy(), empty["text"])
+        np.testing.assert_array_equal(dropped.conditions["text_mask"][i].numpy(), empty["mask"])
+    tree["encoders"]["text"]["n_tokens"] = 21
+    with pytest.raises(EncoderError, match=r"text n_tokens 20, encoders\.text\.n_tokens is 21"):
+        opened(validate(tree), whole)
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,8 @@ def test_clip_folders_that_cannot_be_used_are_refused(clip_folder: Path, tmp_pat
     ):  # fmt: skip
         with pytest.raises(EncoderError, match=words):
             FeatureNetwork.load(tmp_path / name)
+        with pytest.raises(EncoderError, match=words):
+            Clip(tmp_path / name, "cpu").load()
 
 
 class Adapter(nn.Module):

@@ -249,6 +249,75 @@ def test_other_members_are_left_alone_and_derived_ones_found(tmp_path):
     assert caught.value.reason == "image_missing"
 
 
+def npy(i, shape=(4, 3, 5), dtype=np.float16) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.random.default_rng(i).standard_normal(shape).astype(dtype))
+    return buffer.getvalue()
+
+
+def test_samples_of_latents_need_no_picture(tmp_path):
+    """Sizes of latents of every header that numpy writes; others stand in the table as unknown."""
+    shapes = [(4, 3, 5), (4, 16, 2), (3, 5), (1, 4, 3, 5), (4, 1, 1), (4, 0, 5)]
+    stored = [npy(i, shape) for i, shape in enumerate(shapes)]
+    odd = [b"\x93NUMPY derived", b"", npy(9)[:20], npy(9, dtype=np.float64)]
+    members = []
+    for i, latent in enumerate([*stored, *odd]):
+        members += [(f"{i:02d}.latent.npy", latent), (f"{i:02d}.text.npy", npy(i, (7, 6))), (f"{i:02d}.txt", b"t")]
+    tar(tmp_path / "a.tar", members)
+    index = build_index(tmp_path)
+    assert index.members == {"latent.npy": 10, "text.npy": 10, "txt": 10}
+    table = load_table(tmp_path, index.shards[0])
+    assert list(zip(table["latent_height"].tolist(), table["latent_width"].tolist(), strict=True)) == [
+        (3, 5), (16, 2), (0, 0), (0, 0), (1, 1), (0, 5), *[(0, 0)] * 4,
+    ]  # fmt: skip
+    assert table["width"].tolist() == table["height"].tolist() == [0] * 10
+    source = open_source(tmp_path)
+    assert [source.member(i, "latent.npy") for i in range(6)] == stored
+    assert source.captions(3) == (("t", 1.0),)
+
+
+def test_latents_and_pictures_stand_side_by_side(tmp_path):
+    tar(tmp_path / "a.tar", [("0.png", png(0)), ("0.latent.npy", npy(0)), ("1.latent.npy", npy(1)), ("2.png", png(2))])
+    tar(tmp_path / "b.tar", [("3.png", png(3))])
+    index = build_index(tmp_path)
+    assert index.members == {"image": 3, "latent.npy": 2}
+    assert [dict(shard.members) for shard in index.shards] == [{"image": 2, "latent.npy": 2}, {"image": 1}]
+    first, second = (load_table(tmp_path, shard) for shard in index.shards)
+    assert first["latent_width"].tolist() == [5, 5, 0]
+    assert first["width"].tolist() == [9, 0, 9]
+    assert "latent_width" not in second.dtype.names
+
+
+def test_indexing_feature_shards_again_keeps_what_is_known_of_their_encoders(tmp_path):
+    said = {"vae": {"sha256": "ab"}}
+    for name in ("a", "b"):
+        tar(tmp_path / f"{name}.tar", [(f"{name}{i}.latent.npy", npy(i)) for i in range(3)])
+    assert build_index(tmp_path).encoders == {}
+    assert build_index(tmp_path, encoders=said).encoders == said
+    (tmp_path / "a.idx.npy").unlink()
+    assert build_index(tmp_path).encoders == said
+    assert load_index(tmp_path).encoders == said
+    (tmp_path / "b.tar").unlink()
+    assert build_index(tmp_path).encoders == said
+    assert build_index(tmp_path, encoders={}).encoders == {}
+    build_index(tmp_path, encoders=said)
+    tar(tmp_path / "c.tar", [("c.latent.npy", npy(7))])  # whose encoder nobody knows
+    assert build_index(tmp_path).encoders == {}
+    build_index(tmp_path, encoders=said)
+    (tmp_path / "index.json").write_text("{")
+    assert build_index(tmp_path).encoders == {}
+
+
+def test_headers_before_latents_are_probed_on_opening(tmp_path):
+    path = tar(tmp_path / "a.tar", [(f"{i}.latent.npy", npy(i)) for i in range(4)])
+    index = build_index(tmp_path)
+    damaged = bytearray(path.read_bytes())
+    damaged[headers(path)[3] + 130] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(ShardError, match=r"expected a tar header for \d+ bytes at byte \d+, found none"):
+        check_shard(tmp_path, index.shards[0])
+
+
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_and_foreign_names_in_every_tar_format(tmp_path, format):
     name = "täglich/" + "x" * 80

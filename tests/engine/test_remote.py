@@ -25,10 +25,10 @@ from longskip.engine.data import remote
 from longskip.engine.data.cache import Cache
 from longskip.engine.data.index import load_index, write_table
 from longskip.engine.data.pack import write_shards
-from longskip.engine.data.plan import Plan
 from longskip.engine.data.reader import Assembler, MicroBatch, Reader
 from longskip.engine.data.remote import RemoteSource, open_remote
 from longskip.engine.data.sources import ShardSource
+from longskip.engine.data.streams import plan_of
 from longskip.engine.data.tokens import Vocabulary
 from longskip.engine.data.transport import Patience, Transport, checked_url
 from longskip.engine.data.windows import WindowOrder
@@ -220,6 +220,13 @@ def test_broken_connections_are_resumed_or_begun_again(opened, server, folder, t
     else:
         assert server.gets(shard.file)[:2] == [None, "bytes=7000-"]
         assert len(server.gets(shard.file)) == 4
+
+
+def test_sizes_and_keys_need_the_tables_alone(opened, server, folder):
+    source, local = opened(), ShardSource(folder)
+    assert np.concatenate(list(source.sizes())).tolist() == np.concatenate(list(local.sizes())).tolist()
+    assert [source.key(i) for i in range(0, SAMPLES, 7)] == [local.key(i) for i in range(0, SAMPLES, 7)]
+    assert not [file for file, _ in server.log if file.endswith(".tar")]
 
 
 def test_errors_of_the_server_are_tried_again_and_missing_files_are_not(opened, server, folder, tmp_path):
@@ -595,7 +602,8 @@ def same_bits(ours: MicroBatch, theirs: MicroBatch) -> None:
 
 def micro_batches(source: ShardSource, count: int, **settings) -> list[MicroBatch]:
     settings = {"resolution": (16, 16), "n_txt": 8, "seed": 3, "caption_dropout": 0.3, "workers": 0} | settings
-    with Reader(source, Plan(len(source), 6, SEED), micro=3, accumulation=2, start_method="forkserver",
+    plan = plan_of(source, 6, SEED, window_shards=WINDOW)
+    with Reader(source, plan, micro=3, accumulation=2, start_method="forkserver",
                 **settings) as reader:  # fmt: skip
         return [micro for _ in range(count) for micro in next(reader)]
 

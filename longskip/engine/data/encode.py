@@ -8,7 +8,6 @@ captions, a caption that is too long, values past the dtype) is left out and lis
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections import deque
@@ -24,6 +23,7 @@ import safetensors.numpy
 import torch
 
 from longskip import __version__
+from longskip.engine.data.buckets import check_buckets, nearest
 from longskip.engine.data.decode import decode_image, upright_size
 from longskip.engine.data.encoding import Encoding, check_share, npy_bytes, reasons
 from longskip.engine.data.features import EMPTY_NAME
@@ -217,13 +217,15 @@ def _check(
             "without an autoencoder there are no latents, so pictures must be kept, as they are",
             cure="give --vae, or --keep-pictures without --buckets",
         )
-    factor = encoders.vae.factor
-    for height, width in (encoders.resolution, *buckets) if encoders.vae_files is not None else ():
-        if height % factor or width % factor or min(height, width) < factor:
+    if encoders.vae_files is not None:
+        factor, (height, width) = encoders.vae.factor, encoders.resolution
+        if height % factor or width % factor:
             raise ConfigError(
                 f"the resolution {height}x{width} is not divisible by the autoencoder's factor {factor}",
                 cure=f"take multiples of {factor} times the model's patch",
             )
+        if buckets:
+            check_buckets(buckets, factor)
 
 
 def _shards(source: Source, per_shard: int) -> list[_Shard]:
@@ -310,7 +312,7 @@ class _Work:
             if self.encoders.vae_files is not None:
                 size = self.encoders.resolution
                 if self.buckets:
-                    size = nearest(self.buckets, *upright_size(raw.image))
+                    size = self.buckets[nearest(self.buckets, *upright_size(raw.image))]
                 pixels = decode_image(raw.image, resolution=size)
             if self.keep_pictures:
                 members[image_extension(raw.image)] = raw.image
@@ -388,9 +390,3 @@ class _Work:
                 if not np.isfinite(latent).all():
                     bad.append(self._bad(sample.number, "latent_not_finite", f"latents past {self.dtype.__name__}"))
         return bad
-
-
-def nearest(buckets: Sequence[Size], height: int, width: int) -> Size:
-    """The bucket (H, W) whose aspect ratio is nearest on a logarithmic scale; the first of equals."""
-    aspect = math.log(height / width)
-    return min(buckets, key=lambda size: abs(math.log(size[0] / size[1]) - aspect))

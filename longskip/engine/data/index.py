@@ -291,7 +291,8 @@ def build_index(
 ) -> Index:
     """Indexes shards made elsewhere: all ``*.tar`` of a folder, or the listed ones; writes tables and ``index.json``.
 
-    Listed shards of several folders get their index in the deepest folder above them all. Raises ``ShardError`` naming
+    Listed shards of several folders get their index in the deepest folder above them all. Without ``encoders``, what an
+    earlier index of the same feature shards said of theirs is kept. Raises ``ShardError`` naming
     the file for missing, damaged or hostile shards; then no ``index.json`` is written.
     """
     if isinstance(paths, (str, os.PathLike)):
@@ -310,9 +311,20 @@ def build_index(
         entry, table = index_shard(path, file)
         write_table(folder / entry.table, table)
         entries.append(entry)
-    index = Index(folder, tuple(entries), dict(encoders or {}))
+    index = Index(folder, tuple(entries), dict(encoders if encoders is not None else _kept_encoders(folder, entries)))
     save_index(index)
     return index
+
+
+def _kept_encoders(folder: Path, entries: Iterable[ShardEntry]) -> Mapping[str, Any]:
+    """What the index that is there says of the encoders, where every shard of features is one that it lists."""
+    try:
+        there = load_index(folder, check=False)
+    except ShardError:
+        return {}
+    known = {shard.sha256 for shard in there.shards}
+    derived = [entry for entry in entries if any(kind in DERIVED for kind in entry.members)]
+    return there.encoders if derived and all(entry.sha256 in known for entry in derived) else {}
 
 
 def load_index(path: str | os.PathLike[str], *, check: bool = True) -> Index:

@@ -148,8 +148,10 @@ def _members(sample: RawSample | Mapping[str, Any], number: int) -> tuple[str, d
         if not isinstance(value, (bytes, bytearray, memoryview)):
             raise DataError(f"sample {key}: {extension!r} is a {type(value).__name__}; bytes, text or JSON are written")
         members[extension] = bytes(value)
-    if not any(extension in members for extension in IMAGE_EXTENSIONS):
-        raise DataError(f"sample {key} has no picture, only {sorted(members)}", cure="give jpg, png or webp bytes")
+    if not members.keys() & {*IMAGE_EXTENSIONS, "latent.npy"}:
+        raise DataError(
+            f"sample {key} has no picture and no latent, only {sorted(members)}", cure="give jpg, png or webp bytes"
+        )
     return key, members
 
 

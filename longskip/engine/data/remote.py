@@ -17,7 +17,8 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +42,7 @@ _BLOCK = 512
 _END = 2 * _BLOCK
 _TABLE_BYTES = (1 << 20, 1 << 12)  # the most a table may have: so many, and so many per sample
 _TRIES = 8
+_RECENT = 16
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -53,6 +55,7 @@ def open_remote(
     window_shards: int = 8,
     seed: int = 0,
     on_damage: Literal["stop", "skip"] = "stop",
+    fields: Mapping[str, float] | None = None,
     patience: Patience | None = None,
 ) -> RemoteSource:
     """The source over the indexed shards of the folder at ``url`` (or of its ``index.json``).
@@ -60,6 +63,7 @@ def open_remote(
     ``transport`` is ``fsspec`` or ``webdataset``; ``none`` refuses URLs. ``cache`` is a folder on a local disk, shared
     by the processes of a node (None: the user's cache folder), and ``cache_gib`` bounds its files, those of other data
     sets in it included. ``window_shards`` and ``seed`` are the plan's: they tell what will be needed next.
+    ``on_damage`` and ``fields`` are those of ``ShardSource``.
 
     Raises ``ShardError`` for a refused URL and an index that is malformed or hostile, ``ConfigError`` for a transport
     that cannot read it here and a cache that does not hold two windows, ``RemoteError`` where the server does not give
@@ -85,7 +89,7 @@ def open_remote(
     index = replace(listed, folder=store.data)
     save_index(index)
     _fetch_empty(carrier, store, index)
-    return RemoteSource(index, carrier, store, order, on_damage=on_damage)
+    return RemoteSource(index, carrier, store, order, on_damage=on_damage, fields=fields)
 
 
 def _fetch_index(transport: Transport) -> Index:
@@ -148,27 +152,36 @@ class RemoteSource(ShardSource):
         order: WindowOrder,
         *,
         on_damage: Literal["stop", "skip"] = "stop",
+        fields: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(index, on_damage=on_damage, check=False)
+        super().__init__(index, on_damage=on_damage, check=False, fields=fields)
         self.order = order
         self._store = _Store(index, transport, cache)
         self._near: tuple[ShardEntry, ...] = ()
-        self._windows: set[tuple[int, int]] = set()
+        self._recent: deque[frozenset[tuple[int, int]]] = deque(maxlen=_RECENT)
+        self._windows: frozenset[tuple[int, int]] = frozenset()
         self._ahead: _Ahead | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_ahead": None, "_windows": set(), "_near": ()}
+        idle: dict[str, Any] = {"_ahead": None, "_near": (), "_recent": deque(maxlen=_RECENT), "_windows": frozenset()}
+        return super().__getstate__() | idle
 
     def follow(self, epochs: Sequence[int] | np.ndarray, samples: Sequence[int] | np.ndarray) -> None:
-        """Says that these samples of these epochs are read next: their windows and the one after are fetched ahead."""
+        """Says that these samples of these epochs are read next: their windows and the one after are fetched ahead.
+
+        The windows of the calls just before count as well: aspect buckets do not cross from one to the next together.
+        """
         epochs = np.asarray(epochs, dtype=np.int64)
         shards, _ = self.locate(np.asarray(samples, dtype=np.int64))
-        windows = {
-            (int(epoch), int(window))
-            for epoch in np.unique(epochs)
-            for window in np.unique(self.order.windows_with(int(epoch), shards[epochs == epoch]))
-        }
-        if not windows or windows == self._windows:
+        self._recent.append(
+            frozenset(
+                (int(epoch), int(window))
+                for epoch in np.unique(epochs)
+                for window in np.unique(self.order.windows_with(int(epoch), shards[epochs == epoch]))
+            )
+        )
+        windows = frozenset().union(*self._recent)
+        if windows == self._windows:
             return
         self._windows = windows
         epoch, window = max(windows)
@@ -183,7 +196,8 @@ class RemoteSource(ShardSource):
 
     def close(self) -> None:
         """Closes the open shards and ends fetching ahead; reading opens them again, ``follow`` begins it again."""
-        ahead, self._ahead, self._windows = self._ahead, None, set()
+        ahead, self._ahead, self._windows = self._ahead, None, frozenset()
+        self._recent.clear()
         if ahead is not None:
             ahead.end()
             ahead.join()

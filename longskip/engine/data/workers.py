@@ -16,9 +16,9 @@ import traceback
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from multiprocessing.connection import Connection
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ Coordinates = tuple[np.ndarray, np.ndarray, tuple[int, int] | None]
 """Epochs, samples, and the bucket (H, W) in pixels that they are of."""
 
 _ALIGN = 64
+_SMALL = 4096  # bytes per sample for the tensors that are not large
 
 
 class Workers:
@@ -56,7 +57,7 @@ class Workers:
         context: Any = multiprocessing.get_context(start_method)
         if start_method == "forkserver":
             context.set_forkserver_preload([__name__])  # torch is imported once, not by every worker
-        size = assembler.batch_bytes(micro) + 4 * _ALIGN
+        size = assembler.batch_bytes(micro) + micro * _SMALL + 32 * _ALIGN
         shared = [context.RawArray("B", size) for _ in range(count * ahead + held + 1)]
         self._slots = [np.frombuffer(memory, np.uint8) for memory in shared]
         self._free = deque(range(len(shared)))
@@ -77,7 +78,7 @@ class Workers:
                 self._begin(connection)
 
     def _begin(self, connection: Connection) -> None:
-        slot = self._free.popleft() if self._free else None
+        slot = self._free.pop() if self._free else None
         try:
             connection.send((*next(self._walk), slot))
         except OSError as error:
@@ -95,24 +96,26 @@ class Workers:
             raise found
         if isinstance(found, str):
             raise RuntimeError(f"a data worker failed\n{found}")
-        batch, slot = found
-        unpacked = self._unpacked(batch, slot)
-        self._begin(connection)
-        return unpacked
+        self._begin(connection)  # first, so that the worker does not wait while the batch is unpacked
+        slot, packed = found
+        return self._unpacked(packed, slot)
 
-    def _unpacked(self, batch: MicroBatch, slot: int | None) -> MicroBatch:
-        owner = np.empty(0, np.uint8)
+    def _unpacked(self, packed: dict[str, Any], slot: int | None) -> MicroBatch:
+        memory = torch.empty(0, dtype=torch.uint8)
         if slot is not None:
             owner = self._slots[slot].view()  # what the tensors hold, and whose end is noticed
             weakref.finalize(owner, self._free.append, slot).atexit = False
-        memory = torch.from_numpy(owner)
+            memory = torch.from_numpy(owner)
 
         def tensor(value: Any) -> Any:
             if isinstance(value, _Place):
-                return value.tensor(memory)
+                stop = value.offset + math.prod(value.shape) * getattr(torch, value.dtype).itemsize
+                return memory[value.offset : stop].view(getattr(torch, value.dtype)).view(value.shape)
             return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
-        return _mapped(batch, tensor)
+        values = {name: tensor(value) for name, value in packed.items()}
+        values["conditions"] = {name: tensor(value) for name, value in packed["conditions"].items()}
+        return MicroBatch(**values)
 
     def _died(self, error: BaseException) -> DataError:
         return DataError(
@@ -131,24 +134,12 @@ class Workers:
                 process.join()
 
 
-@dataclass(frozen=True)
-class _Place:
+class _Place(NamedTuple):
     """A tensor in a slot."""
 
     offset: int
     shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def tensor(self, memory: torch.Tensor) -> torch.Tensor:
-        stop = self.offset + math.prod(self.shape) * self.dtype.itemsize
-        return memory[self.offset : stop].view(self.dtype).view(self.shape)
-
-
-def _mapped(batch: MicroBatch, change: Any) -> MicroBatch:
-    """The batch with ``change`` applied to every tensor, or whatever stands in for one."""
-    changed = {item.name: change(getattr(batch, item.name)) for item in fields(batch)}
-    changed["conditions"] = {name: change(value) for name, value in batch.conditions.items()}
-    return replace(batch, **changed)
+    dtype: str
 
 
 class _Slots(Buffers):
@@ -171,12 +162,12 @@ class _Slots(Buffers):
             return super().tensor(shape, dtype)
         array = self._memories[self._slot][self._used : self._used + size].view(dtype).reshape(shape)
         tensor = torch.from_numpy(array)
-        self._places[tensor.data_ptr()] = _Place(self._used, tuple(shape), tensor.dtype)
+        self._places[tensor.data_ptr()] = _Place(self._used, tuple(shape), str(tensor.dtype).removeprefix("torch."))
         self._used += -(-size // _ALIGN) * _ALIGN
         return tensor, array
 
-    def packed(self, batch: MicroBatch) -> MicroBatch:
-        """The batch with places instead of the tensors that lie in the slot, and arrays instead of the others.
+    def packed(self, batch: MicroBatch) -> dict[str, Any]:
+        """The batch's fields with places in the slot for tensors, or arrays where they lie elsewhere.
 
         Torch would send a tensor as a shared file of its own.
         """
@@ -184,9 +175,16 @@ class _Slots(Buffers):
         def place(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
                 return value
-            return self._places.get(value.data_ptr()) or value.numpy()
+            found = self._places.get(value.data_ptr())
+            if found is None and self._slot is not None and value.numel():
+                copy, _ = self.tensor(tuple(value.shape), value.numpy().dtype)
+                copy.copy_(value)
+                found = self._places.get(copy.data_ptr())
+            return found or value.numpy()
 
-        return _mapped(batch, place)
+        packed = {item.name: place(getattr(batch, item.name)) for item in fields(batch)}
+        packed["conditions"] = {name: place(value) for name, value in batch.conditions.items()}
+        return packed
 
 
 def _work(connection: Connection, assembler: Assembler, memories: Sequence[Any]) -> None:
@@ -204,7 +202,7 @@ def _work(connection: Connection, assembler: Assembler, memories: Sequence[Any])
         slots.begin(slot)
         answer: Any
         try:
-            answer = (slots.packed(assembler.assemble(*coordinates)), slot)
+            answer = (slot, slots.packed(assembler.assemble(*coordinates)))
         except LongskipError as error:
             answer = error
         except Exception:

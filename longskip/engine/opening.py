@@ -1,0 +1,95 @@
+"""From a configuration to its data: sources at paths and URLs, mixes, aspect buckets, and the plan over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from longskip.engine.config import Config
+from longskip.engine.data.buckets import Assignment, assign, resolve_buckets, stored_sizes
+from longskip.engine.data.mix import MixedSource
+from longskip.engine.data.plan import Plan
+from longskip.engine.data.remote import RemoteSource, open_remote
+from longskip.engine.data.sources import ShardSource, SizedSource, open_source
+from longskip.engine.data.streams import plan_of
+from longskip.engine.data.transport import is_url
+from longskip.engine.encoders import check_manifest
+from longskip.errors import ConfigError
+
+
+def open_data(config: Config, path: str) -> SizedSource:
+    """The data at ``path`` for a run of ``config``: shards at a path or URL, or a folder of pictures.
+
+    Raises EncoderError for features of other encoders and for data that need an encoder that is not there, and what
+    opening data raises.
+    """
+    data = config.data
+    source: SizedSource
+    if is_url(path):
+        source = open_remote(
+            path,
+            transport=data.remote,
+            cache=data.cache,
+            cache_gib=data.cache_gib,
+            window_shards=data.window_shards,
+            seed=config.train.seed,
+            on_damage=data.on_damage,
+            fields=data.captions,
+        )
+    else:
+        source = open_source(path, on_damage=data.on_damage, fields=data.captions)
+    index = source.index if isinstance(source, ShardSource) else None
+    check_manifest(config, index.encoders if index else {}, index.members if index else {"image": len(source)}, path)
+    return source
+
+
+def open_training(config: Config) -> SizedSource:
+    """What a run trains on: ``data.path``, or the ``data.mix`` of several. ConfigError where neither is set."""
+    if config.data.mix:
+        members = [open_data(config, each.path) for each in config.data.mix]
+        return MixedSource(members, [each.weight for each in config.data.mix], [each.path for each in config.data.mix])
+    if not config.data.path:
+        raise ConfigError("data.path is not set", cure="name a folder of shards, or of pictures with captions")
+    return open_data(config, config.data.path)
+
+
+def data_name(config: Config) -> str:
+    """The data, for messages."""
+    return config.data.path or " + ".join(f"{each.path} ({each.weight:g})" for each in config.data.mix)
+
+
+def sort_into_buckets(config: Config, source: SizedSource, batch: int) -> Assignment | None:
+    """The aspect bucket of every sample; None where ``data.buckets`` is off. Reads all tables.
+
+    Stored latents have the sizes that they were encoded in; pictures go to the nearest of the buckets named.
+    """
+    if config.data.buckets == "off":
+        return None
+    stored = source.features
+    if config.encoders.vae.kind == "vae" and stored is not None and stored.latent is not None:
+        return assign(source, stored_sizes(source, config.factor), batch, factor=config.factor)
+    multiple = config.backbone().patch * config.factor
+    return assign(source, resolve_buckets(config.data.buckets, config.resolution, multiple), batch)
+
+
+def plan_for(config: Config, source: SizedSource, batch: int, assignment: Assignment | None) -> Plan:
+    """The order of the samples in global batches of ``batch``."""
+    window = config.data.window_shards if config.data.shuffle == "window" else None
+    return plan_of(source, batch, config.train.seed, assignment=assignment, window_shards=window)
+
+
+def spread(source: SizedSource, limit: int) -> Iterator[int]:
+    """At most ``limit`` samples spread evenly; of a remote source the first window's, so that no more is fetched."""
+    if isinstance(source, MixedSource):
+        for start, member in zip(source.starts.tolist(), source.members, strict=True):
+            yield from (start + i for i in spread(member, max(1, limit // len(source.members))))
+        return
+    numbers = np.arange(len(source))
+    if isinstance(source, RemoteSource):
+        counts = [shard.count for shard in source.index.shards]
+        ends = np.cumsum([0, *counts])
+        shards = sorted(source.order.shards_of(0, 0).tolist())
+        numbers = np.concatenate([np.arange(ends[shard], ends[shard + 1]) for shard in shards])
+    stride = -(-len(numbers) // limit)
+    yield from numbers[::stride].tolist()

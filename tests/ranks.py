@@ -76,7 +76,7 @@ def _child(variables: dict[str, str], act: Callable[..., Any], arguments: tuple[
     os._exit(code if isinstance(code, int) else 0)
 
 
-def small_config(data: Path, **groups: Any) -> Config:
+def small_config(data: Path, /, **groups: Any) -> Config:
     """A tiny text-to-image run on the shapes data; ``groups`` are laid over it group by group."""
     tree: dict[str, Any] = {
         "model": {"preset": "uvit-tiny", "resolution": 32},

@@ -54,7 +54,10 @@ def memory(config: Config, stage: Stage, *, world: int, micro: int, n_parameters
         host, weights = host + weights, 0
     if config.engine.ema_device == "cpu" or config.deepspeed.offload_optimizer == "cpu":
         host, ema = host + ema, 0
-    activations = spec.saved_bytes(micro, size, config.engine.checkpointing).peak
+    sizes = [(bucket[0] // config.factor, bucket[1] // config.factor) for bucket in config.buckets] or [
+        spec.latent_size
+    ]
+    activations = max(spec.saved_bytes(micro, size, config.engine.checkpointing, each).peak for each in sizes)
     gathered = 2 * largest * size if stage == 3 else 0
     buffers = size * min(n_parameters, int(5e8)) if stage else 0
     return Memory(weights, gradients, adam + ema, gathered, activations, buffers, host)

@@ -54,7 +54,7 @@ class Inputs:
 
     def assembler(self, source: Source, **settings: Any) -> Assembler:
         """An assembler of this run's batches over ``source``; without settings it neither drops, flips nor crops."""
-        return Assembler(source, **(self.settings() | settings))
+        return Assembler(source, **(self.settings() | {"buckets": self.config.buckets} | settings))
 
     def settings(self) -> dict[str, Any]:
         """What ``Reader`` and ``Assembler`` are to know of the model's inputs."""
@@ -90,6 +90,7 @@ class Inputs:
         known: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for dropout, samples in ((0.0, first), (1.0, first[:1])):
             batch = self.assembler(source, caption_dropout=dropout).assemble(np.zeros_like(samples), samples)
-            rows = zip(batch.captions, batch.conditions["text"], batch.conditions["text_mask"], strict=True)
-            known |= {caption: (text, mask) for caption, text, mask in rows}
+            good = np.flatnonzero(batch.weight.numpy())  # latents of another bucket's size count as bad here
+            text, mask = batch.conditions["text"], batch.conditions["text_mask"]
+            known |= {batch.captions[i]: (text[i], mask[i]) for i in good}
         return StoredTexts(known)

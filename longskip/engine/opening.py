@@ -8,6 +8,7 @@ import numpy as np
 
 from longskip.engine.config import Config
 from longskip.engine.data.buckets import Assignment, assign, resolve_buckets, stored_sizes
+from longskip.engine.data.captions import check_fields
 from longskip.engine.data.mix import MixedSource
 from longskip.engine.data.plan import Plan
 from longskip.engine.data.remote import RemoteSource, open_remote
@@ -39,6 +40,13 @@ def open_data(config: Config, path: str) -> SizedSource:
         )
     else:
         source = open_source(path, on_damage=data.on_damage, fields=data.captions)
+    stored = source.features
+    if data.captions and config.encoders.text.frozen and stored is not None and stored.text is not None:
+        raise ConfigError(
+            f"{path} holds text features of its own captions; data.captions {dict(data.captions)} would draw others",
+            cure="leave data.captions out, or encode on the way: shards without text features and encoders.text.path",
+        )
+    check_fields(data.captions, source.caption_fields() if data.captions else set())
     index = source.index if isinstance(source, ShardSource) else None
     check_manifest(config, index.encoders if index else {}, index.members if index else {"image": len(source)}, path)
     return source

@@ -40,7 +40,7 @@ def prepare(config: Config, run_path: Path, world: World) -> Job:
     claimed: Any = on_main(world, lambda: _claim(run, config))
     resuming, kept_micro, attempt = claimed["resuming"], claimed["micro_batch"], claimed["attempt"]
     batch = config.batch(world.size, kept_micro)
-    on_main(world, lambda: _check(run, config, batch, world.device))
+    on_main(world, lambda: _check(run, config, batch, world.device, resuming))
     source = open_training(config)
     assignment = Assignment.load(run.path, source.fingerprint()) if config.data.buckets != "off" else None
     plan = plan_for(config, source, batch.total, assignment)
@@ -191,12 +191,15 @@ def _claim(run: RunFolder, config: Config) -> dict[str, Any]:
     return {"resuming": resuming, "micro_batch": saved.get("micro_batch"), "attempt": 1 + max(attempts, default=0)}
 
 
-def _check(run: RunFolder, config: Config, batch: BatchPlan, device: torch.device) -> None:
+def _check(run: RunFolder, config: Config, batch: BatchPlan, device: torch.device, resuming: bool) -> None:
     """What can be wrong with data and backends, found before any rank builds a model."""
     source = open_training(config)
-    assignment = sort_into_buckets(config, source, batch.total)
-    if assignment is not None:
-        assignment.save(run.path, source.fingerprint())
+    if resuming and config.data.buckets != "off":
+        assignment: Assignment | None = Assignment.load(run.path, source.fingerprint())
+    else:
+        assignment = sort_into_buckets(config, source, batch.total)
+        if assignment is not None:
+            assignment.save(run.path, source.fingerprint())
     plan_for(config, source, batch.total, assignment)
     backends.configure(config.kernels.by_op())
     backends.choices(device)

@@ -6,8 +6,9 @@ Both compute with the EMA weights through whatever engine trains, all ranks in s
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 
 from longskip.engine.config import Config
+from longskip.engine.data.buckets import Size
 from longskip.engine.data.draws import generator
 from longskip.engine.data.sources import Source
 from longskip.engine.diffusion import Objective
@@ -23,7 +25,7 @@ from longskip.engine.distributed import World, all_reduce_sum
 from longskip.engine.drawing import Drawing, draw, repeats_of
 from longskip.engine.grids import make_grid
 from longskip.engine.inputs import Inputs
-from longskip.engine.opening import open_data
+from longskip.engine.opening import open_data, sort_into_buckets
 from longskip.engine.runs import write_atomic
 from longskip.engine.shards import Shards
 from longskip.engine.texts import NoTexts, StoredTexts, Texts
@@ -75,18 +77,13 @@ class Validation:
         if self.source is None:
             raise DataError("this run names no validation data", cure="set data.validation")
         bins, seed = self.config.eval.time_bins, self.config.train.seed
-        assembler = self.inputs.assembler(self.source)
-        count = self.count
-        micro = max(1, min(64, -(-count // self.world.size)))
+        assembler = self.inputs.assembler(self.source, buckets=tuple(bucket for bucket, _ in self._groups if bucket))
         sums, weights = [0.0] * bins, [0.0] * bins
-        # Every rank makes the same number of forward passes (stage 3 gathers in them); slots past the end weigh nothing.
-        for start in range(0, count, micro * self.world.size):
-            slots = np.arange(micro) + start + self.world.rank * micro
-            samples = np.minimum(slots, count - 1)
-            batch = self.inputs.ready(assembler.assemble(np.zeros_like(samples), samples))
+        for bucket, samples, own in self._shares():
+            batch = self.inputs.ready(assembler.assemble(np.zeros_like(samples), samples, bucket))
             times = fixed_times(samples, bins, seed)
             time = objective.spread(torch.from_numpy(times).to(self.world.device))
-            weight = batch.weight * torch.from_numpy(slots < count).to(self.world.device)
+            weight = batch.weight * torch.from_numpy(own).to(self.world.device)
             clean = batch.clean.float()
             noised = objective.noised(clean, batch.noise, time)
             prediction = model(noised, time, **batch.conditions)
@@ -103,6 +100,30 @@ class Validation:
             "validation/bin_edges": [i / bins for i in range(bins + 1)],
             "validation/samples": round(sum(weights)),
         }
+
+    @cached_property
+    def _groups(self) -> list[tuple[Size | None, np.ndarray]]:
+        """The samples that are looked at, by aspect bucket; all of them under None without buckets."""
+        assert self.source is not None
+        count = self.count
+        assignment = sort_into_buckets(self.config, self.source, 1)
+        if assignment is None:
+            return [(None, np.arange(count))]
+        codes = assignment.codes[:count]
+        groups = [(size, np.flatnonzero(codes == code)) for code, size in enumerate(assignment.buckets)]
+        return [(size, samples) for size, samples in groups if len(samples)]
+
+    def _shares(self) -> Iterator[tuple[Size | None, np.ndarray, np.ndarray]]:
+        """(bucket, samples, which of them count) of this rank's forward passes.
+
+        Every rank makes the same number of them (stage 3 gathers in each); slots past a group's end weigh nothing.
+        """
+        ranks, rank = self.world.size, self.world.rank
+        for bucket, samples in self._groups:
+            micro = max(1, min(64, -(-len(samples) // ranks)))
+            for start in range(0, len(samples), micro * ranks):
+                slots = np.arange(micro) + start + rank * micro
+                yield bucket, samples[np.minimum(slots, len(samples) - 1)], slots < len(samples)
 
     def samples(self, engine: Any, shards: Shards, objective: Objective, run: Path, step: int) -> Path | None:
         """Draw the run's prompts with the EMA weights into ``samples/step-N/``; returns the folder."""

@@ -17,7 +17,7 @@ import torch
 from longskip.engine.data.buffers import Buffers
 from longskip.engine.data.captions import Captions
 from longskip.engine.data.decode import MAX_PIXELS, decode_image
-from longskip.engine.data.draws import Draws, generator
+from longskip.engine.data.draws import Draws
 from longskip.engine.data.features import FeatureBatch, FeatureLayout
 from longskip.engine.data.sources import FeatureSource, Source
 from longskip.engine.data.tokens import Vocabulary
@@ -240,12 +240,12 @@ class Assembler:
 
     def _decode(self, epochs: np.ndarray, samples: np.ndarray, pixels: np.ndarray, into: FeatureBatch) -> None:
         """Pictures to ``pixels`` (m, 3, H, W) in [-1, 1], their keys and captions to ``into``."""
-        for_flip, for_crop = Draws(self.seed, "flip"), Draws(self.seed, "crop")
+        for_caption, for_flip, for_crop = (Draws(self.seed, purpose) for purpose in ("caption", "flip", "crop"))
         for i, (epoch, sample) in enumerate(zip(epochs.tolist(), samples.tolist(), strict=True)):
             try:
                 raw = self.source.read(sample)
                 into.keys[i] = raw.key
-                into.captions[i] = raw.captions[self._choose(raw.captions, epoch, sample)][0]
+                into.captions[i] = raw.captions[choose_caption(raw.captions, for_caption, epoch, sample)][0]
                 flip = self.flip and bool(for_flip.of(epoch, sample).random() < 0.5)
                 crop = None
                 if self.crop == "random":
@@ -261,8 +261,10 @@ class Assembler:
                 into.bad[i] = error
 
     def _read_features(self, epochs: np.ndarray, samples: np.ndarray, into: FeatureBatch) -> None:
+        draws = Draws(self.seed, "caption")
+
         def choose(slot: int, captions: Captions) -> int:
-            return self._choose(captions, int(epochs[slot]), int(samples[slot]))
+            return choose_caption(captions, draws, int(epochs[slot]), int(samples[slot]))
 
         whole = np.array([i for i in range(len(samples)) if i not in into.bad], dtype=np.int64)
         cast(FeatureSource, self.source).read_features(whole, samples[whole], into, choose)
@@ -301,13 +303,14 @@ class Assembler:
                 into.text[i], into.mask[i] = self._empty
         return dropped
 
-    def _choose(self, captions: Captions, epoch: int, sample: int) -> int:
-        """Which caption a sample takes in an epoch, by the weights' shares; one alone needs no draw."""
-        if len(captions) == 1:
-            return 0
-        at = generator(self.seed, epoch, sample, "caption").random() * math.fsum(weight for _, weight in captions)
-        for i, (_, weight) in enumerate(captions):
-            at -= weight
-            if at < 0:
-                return i
-        return len(captions) - 1
+
+def choose_caption(captions: Captions, draws: Draws, epoch: int, sample: int) -> int:
+    """Which caption a sample takes in an epoch, by the weights' shares; one alone needs no draw."""
+    if len(captions) == 1:
+        return 0
+    at = draws.of(epoch, sample).random() * math.fsum(weight for _, weight in captions)
+    for i, (_, weight) in enumerate(captions):
+        at -= weight
+        if at < 0:
+            return i
+    return len(captions) - 1

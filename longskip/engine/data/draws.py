@@ -8,8 +8,8 @@ which a run was resumed. The generator is Philox4x64-10 (Salmon et al., SC 2011,
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
-from typing import Literal
+from functools import cached_property, lru_cache
+from typing import Any, Literal
 
 import numpy as np
 
@@ -46,17 +46,23 @@ class Draws:
     """
 
     def __init__(self, seed: int, purpose: str) -> None:
-        self._philox = np.random.Philox(key=_key(seed, purpose))
-        self._generator = np.random.Generator(self._philox)
-        self._state = self._philox.state  # at the start of a stream, nothing buffered
+        self._stream = (seed, purpose)
         self._counter = np.zeros(4, dtype=np.uint64)
-        self._state["state"]["counter"] = self._counter
+
+    @cached_property
+    def _start(self) -> tuple[Any, dict[str, Any], np.random.Generator]:
+        """The bit generator, its state at the start of a stream (nothing buffered, our counter), the generator."""
+        philox = np.random.Philox(key=_key(*self._stream))
+        state: dict[str, Any] = dict(philox.state)
+        state["state"]["counter"] = self._counter
+        return philox, state, np.random.Generator(philox)
 
     def of(self, epoch: int, sample: int) -> np.random.Generator:
-        """The generator at the start of this sample's stream; good until the next call. Raises ``ValueError`` as above."""
+        """The generator at the start of this sample's stream; good until the next call. Raises as ``generator``."""
         if not (0 <= epoch < _LIMIT and 0 <= sample < _LIMIT):
             raise ValueError(f"epoch {epoch} and sample {sample} must lie in [0, 2**64)")
+        philox, state, found = self._start
         self._counter[2] = sample
         self._counter[3] = epoch
-        self._philox.state = self._state
-        return self._generator
+        philox.state = state
+        return found

@@ -333,7 +333,7 @@ def test_other_data_and_other_versions_are_refused(folder, whole, tmp_path, monk
         encode_again(folder, out)
 
 
-def test_a_shard_that_another_process_writes_is_left_alone(folder, tmp_path):
+def test_a_shard_that_another_process_writes_is_left_alone(folder, whole, tmp_path):
     out = tmp_path / "out"
     encode_again(folder, out, rank=1, world=3)
     with (out / "00000.tar.part").open("wb") as stream:
@@ -343,7 +343,10 @@ def test_a_shard_that_another_process_writes_is_left_alone(folder, tmp_path):
         with pytest.raises(RunLockedError, match=r"00000\.tar\.part is being written by another process"):
             encode_again(folder, out, rank=0, world=3)
         assert (out / "00000.tar.part").read_bytes() == b"half"
+    with (out / "00000.tar.part").open("ab") as stream:
+        stream.write(bytes(1 << 20))  # longer than the shard: what a killed process left
     assert encode_again(folder, out).complete
+    assert tree(out) == tree(whole)
 
 
 def spoilt(i: int) -> dict:
@@ -422,6 +425,41 @@ def test_values_past_fp16_are_no_features(folder, tmp_path):
     assert report.bad == {}
     with pytest.raises(DataError, match=r"4 of 10 .*\{'latent_not_finite': 4\}.*latents past float16"):
         encode_shards(folder / "shards", tmp_path / "fp16", encoders)
+
+
+def test_text_features_past_fp16_are_no_features(folder, tmp_path):
+    encoders = of(folder)
+    exact = encoders.encode_text
+
+    def loud(texts: list[str]):
+        features, mask = exact(texts)
+        for row, text in enumerate(texts):
+            if text in ("a red star 4", "a star"):  # the only caption of one sample, the second of four others
+                features[row, 3, 1] = 1e6
+        return features, mask
+
+    encoders.encode_text = loud
+    report = encode_shards(folder / "shards", tmp_path / "out", encoders, max_bad_share=0.5)
+    assert report.bad == {"text_not_finite": 5}
+    features = open_source(tmp_path / "out")
+    assert [features.key(i) for i in range(5)] == ["s001", "s002", "s005", "s007", "s008"]
+    shutil.copytree(folder / "t5", tmp_path / "t5")
+    weights = tmp_path / "t5" / "model.safetensors"
+    tensors = {name: tensor.copy() for name, tensor in safetensors.numpy.load_file(weights).items()}
+    tensors["encoder.final_layer_norm.weight"] *= 1e6
+    safetensors.numpy.save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(DataError, match="the empty caption's features are past float16"):
+        encode_shards(folder / "shards", tmp_path / "out2", of(tmp_path, vae=None), keep_pictures=True)
+
+
+def test_bad_samples_are_listed_in_order_whatever_made_them_bad(folder, tmp_path):
+    made = [sample(i) for i in range(8)]
+    made[5]["png"] = b"\x89PNG\r\n\x1a\n"
+    made[2]["txt"] = "a red star " * 9
+    write_shards(made, tmp_path / "shards")
+    encode_shards(tmp_path / "shards", tmp_path / "out", of(folder), batch=8, max_bad_share=0.3)
+    listed = [json.loads(line) for line in (tmp_path / "out" / "bad_samples.jsonl").read_text().splitlines()]
+    assert [(item["sample"], item["reason"]) for item in listed] == [(2, "text_too_long"), (5, "image_decode")]
 
 
 def test_damaged_input_stops_or_is_left_out(folder, tmp_path):

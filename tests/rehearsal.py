@@ -1,8 +1,8 @@
 """uvit-0.3b at 256² on this machine: 2 ranks, ZeRO-3, 3 steps, with the peak memory of each. ``python -m tests.rehearsal``
 
-``--features FOLDER [COUNT]`` only makes the data. Shapes of 256² are encoded by a small randomly initialised autoencoder and CLIP (their weights say nothing; the shapes of
-what they make are those of the real ones), then ``longskip launch`` trains on the features. Writes
-``docs/results/rehearsal.json``. Takes some minutes and 12 GiB.
+``--features FOLDER [COUNT]`` only makes the data. Shapes of 256² are encoded by a small randomly initialised autoencoder
+and CLIP (their weights say nothing; the shapes of what they make are those of the real ones), then ``longskip launch``
+trains on the features. Writes ``docs/results/rehearsal.json``. Takes some minutes and 18 GiB.
 """
 
 from __future__ import annotations

@@ -12,9 +12,10 @@ from longskip.engine.data.decode import decode_image
 from longskip.engine.data.draws import generator
 from longskip.engine.data.judge import judge, score
 from longskip.engine.data.scenes import Scene, captions, sample_scene
-from longskip.engine.data.sources import Source, open_source
+from longskip.engine.data.sources import Source
 from longskip.engine.drawing import Drawing
 from longskip.engine.grids import make_grid
+from longskip.engine.opening import data_name, open_training
 from longskip.engine.sample import Loaded, draw_prompts
 from longskip.errors import BadSampleError, DataError
 
@@ -60,11 +61,11 @@ def judge_nearest(loaded: Loaded, how: Drawing, count: int, sheet: Path) -> dict
     captions that stand at several pictures are not asked.
     """
     config = loaded.config
-    source = open_source(config.data.path)
+    source = open_training(config)
     pictures, texts = _training_pictures(source, config.resolution)
     unique = [i for i, text in enumerate(texts) if texts.count(text) == 1]
     if not unique:
-        raise DataError(f"{config.data.path} has no caption that stands at one picture only")
+        raise DataError(f"{data_name(config)} has no caption that stands at one picture only")
     order = generator(how.seed, 0, 0, "nearest").permutation(len(unique))[:count]
     asked = [unique[int(i)] for i in order]
     drawn = draw_prompts(loaded, [texts[i] for i in asked], how)
@@ -104,4 +105,8 @@ def _training_pictures(source: Source, resolution: tuple[int, int]) -> tuple[np.
         except BadSampleError:
             continue
         texts.append(raw.captions[0][0])
+    if not pictures:
+        raise DataError(
+            "the training data hold no pictures", cure="judge against data with pictures, not latents alone"
+        )
     return np.stack(pictures), texts

@@ -78,7 +78,8 @@ class Metrics:
         text = (
             f"step {ended.step}/{self.steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
             f"norm {values['grad_norm']:.3f}  {ended.images_per_second:.0f} images/s  "
-            f"{ended.tokens_per_second:.0f} tokens/s  data {100 * ended.data_wait_share:.0f}%  {max(peaks):.1f} GiB{mfu}  eta {format_eta(eta)}"
+            f"{ended.tokens_per_second:.0f} tokens/s  "
+            f"data {100 * ended.data_wait_share:.0f}%  {max(peaks):.1f} GiB{mfu}  eta {format_eta(eta)}"
         )
         if self._bar is not None:
             assert self._log is not None

@@ -18,7 +18,7 @@ from longskip.engine.drawing import Drawing, draw, repeats_of
 from longskip.engine.feature_network import FeatureNetwork
 from longskip.engine.fidelity import Fidelity, Statistics
 from longskip.engine.inputs import Inputs
-from longskip.engine.opening import open_data
+from longskip.engine.opening import data_name, open_data, open_training
 from longskip.engine.sample import Loaded
 from longskip.engine.texts import NoTexts, Texts
 from longskip.errors import BadSampleError, ConfigError, DataError
@@ -35,19 +35,17 @@ class Prompts:
 
 
 def prompts_of(config: Config, inputs: Inputs, count: int, seed: int) -> Prompts:
-    """``count`` captions of the validation data, else of the training data; empty ones for a run without captions.
-
-    Raises ``ConfigError`` where the run names neither, ``DataError`` where no caption can be used.
+    """``count`` captions of the validation data, else of the training data (of a mix every sample alike, whatever the
+    weights of its parts); empty ones for a run without captions. Raises ``DataError`` where no caption can be used.
     """
     if isinstance(inputs.texts, NoTexts):
         return Prompts([""] * count, {"of": "nothing: the run has no captions"})
-    path = config.data.validation or config.data.path
-    if not path:
-        raise ConfigError("there are no captions to draw: the run trains on a mix", cure="set data.validation")
-    source = open_data(config, path)
+    if config.data.validation:
+        of, data, source = "validation", config.data.validation, open_data(config, config.data.validation)
+    else:
+        of, data, source = "training", data_name(config), open_training(config)
     texts, left_out = captions_drawn(source, inputs.texts, count, seed)
-    of = "validation" if config.data.validation else "training"
-    return Prompts(texts, {"of": of, "data": path, "fingerprint": source.fingerprint(), "left_out": left_out})
+    return Prompts(texts, {"of": of, "data": data, "fingerprint": source.fingerprint(), "left_out": left_out})
 
 
 def captions_drawn(source: Source, texts: Texts, count: int, seed: int) -> tuple[list[str], int]:

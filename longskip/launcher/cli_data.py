@@ -156,7 +156,9 @@ def stats(
         print(json.dumps({"out": str(out), "sha256": written.sha256, **written.about}))
         return
     sides = "x".join(map(str, written.about["resolution"]))
-    print(f"{written.count:,} pictures at {sides} pixels, {loaded.n_features:,} features: {out} ({written.sha256[:12]})")
+    print(
+        f"{written.count:,} pictures at {sides} pixels, {loaded.n_features:,} features: {out} ({written.sha256[:12]})"
+    )
     if written.about["bad"]:
         print(f"  {written.about['bad']:,} could not be used; longskip data lint names them")
     if written.count <= loaded.n_features:

@@ -40,7 +40,9 @@ def draw_to_folder(
     for prompt, unknown in strange.items():
         if unknown:
             print(f"longskip: {prompt!r}: not in the training captions: {', '.join(unknown)}", file=sys.stderr)
-    how = Drawing.of(loaded.config.eval, loaded.config.diffusion, sampler=sampler, steps=steps, guidance=guidance, seed=seed)
+    how = Drawing.of(
+        loaded.config.eval, loaded.config.diffusion, sampler=sampler, steps=steps, guidance=guidance, seed=seed
+    )
     with counting("drawing", len(asked)) as progress:
         pictures = draw_prompts(loaded, asked, how, progress=progress)
     folder = out or _next_folder(path / "drawn")

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from longskip.engine.build import build_model
-from longskip.engine.diffusion import Flow
 from longskip.engine.costs import step_cost
+from longskip.engine.diffusion import Flow
 from longskip.profiling import count_flops
 from tests.figures import figure
 from tests.ranks import small_config

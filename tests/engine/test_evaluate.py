@@ -13,7 +13,6 @@ import scipy.linalg
 import torch
 
 from longskip.engine.clip import Clip
-from longskip.engine.config import Config
 from longskip.engine.data.sources import open_source
 from longskip.engine.data.tokens import Vocabulary
 from longskip.engine.distributed import World
@@ -21,7 +20,7 @@ from longskip.engine.drawing import Drawing
 from longskip.engine.evaluate import evaluate
 from longskip.engine.feature_network import FeatureNetwork
 from longskip.engine.fidelity import gather
-from longskip.engine.inputs import open_data
+from longskip.engine.opening import open_data
 from longskip.engine.sample import draw_prompts, load_run
 from longskip.engine.scoring import captions_drawn, prompts_of
 from longskip.engine.texts import WordTexts
@@ -188,16 +187,15 @@ def test_prompts_follow_the_weights_and_leave_out_what_cannot_be_drawn() -> None
 
 def test_a_run_without_validation_draws_training_captions(home: Path, shapes: Path, tmp_path: Path) -> None:
     run = a_run(shapes, tmp_path / "run", data={"path": str(shapes / "train")})
-    result = scores(home, clip=None) | evaluate(
-        run, statistics=str(home / "stats.npz"), network=str(home / "net.pt"), count=10, steps=2
-    )
+    result = evaluate(run, statistics=str(home / "stats.npz"), network=str(home / "net.pt"), count=10, steps=2)
     assert result["fidelity"]["prompts"]["of"] == "training"
-    loaded = load_run(run)
-    mixed = Config.model_validate(
-        loaded.config.model_dump() | {"data": {"mix": [{"path": "a"}, {"path": "b"}], "validation": None}}
-    )
-    with pytest.raises(ConfigError, match=r"data\.validation"):
-        prompts_of(mixed, loaded.inputs, 4, seed=0)
+    parts = [{"path": str(shapes / name), "weight": 1.0} for name in ("train", "validation")]
+    mixed = load_run(a_run(shapes, tmp_path / "mixed", data={"mix": parts}))
+    found = prompts_of(mixed.config, mixed.inputs, 340, seed=0)
+    assert found.about["of"] == "training" and all(part["path"] in found.about["data"] for part in parts)
+    source = open_source(shapes / "validation")
+    validation = {text for i in range(40) for text, _ in source.captions(i)}
+    assert sum(text in validation for text in found.texts) >= 40  # every sample once
 
 
 def test_a_run_without_captions_draws_none(home: Path, shapes: Path, tmp_path: Path) -> None:

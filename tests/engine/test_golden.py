@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-
 import pytest
 
 from longskip.engine.configio import load_config

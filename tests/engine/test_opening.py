@@ -91,5 +91,5 @@ def test_windows_train_the_same_whatever_the_ranks(mixed_aspects: Path, tmp_path
 
 
 def test_urls_want_windows(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="data.shuffle: window"):
+    with pytest.raises(ConfigError, match=r"data\.shuffle: window"):
         small_config(tmp_path, data={"path": "https://example.org/shards", "validation": None})

@@ -257,7 +257,9 @@ def test_checkpointing_lets_go_of_activations(layout: str, monkeypatch: pytest.M
         model.checkpointing = checkpointing
         seen.clear()
         out = model(*inputs(BASE))
-        assert [reference.expired() for reference in seen] == [bool(checkpointing) and i % checkpointing == 0 for i in range(BASE.n_blocks)]
+        assert [reference.expired() for reference in seen] == [
+            bool(checkpointing) and i % checkpointing == 0 for i in range(BASE.n_blocks)
+        ]
         assert out.requires_grad
 
 

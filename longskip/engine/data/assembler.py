@@ -171,7 +171,9 @@ class Assembler:
         epochs, samples = np.asarray(epochs, dtype=np.int64), np.asarray(samples, dtype=np.int64)
         if epochs.shape != samples.shape or samples.ndim != 1:
             raise ValueError(f"epochs {epochs.shape} and samples {samples.shape} must be two lists of one length")
-        if (follow := getattr(self.source, "follow", None)) is not None:  # remote shards are fetched ahead of the reader
+        if (
+            follow := getattr(self.source, "follow", None)
+        ) is not None:  # remote shards are fetched ahead of the reader
             follow(epochs, samples)
         count, layout = len(samples), self.features or FeatureLayout()
         conditions: dict[str, torch.Tensor] = {}

@@ -30,6 +30,7 @@ Kind = Literal["features", "jpeg"]
 BATCH = 64
 LATENT_SHAPE, TEXT_SHAPE, SIDE, STORED_SIDE = (4, 32, 32), (77, 768), 256, 512
 SHUFFLE = 1000  # samples in webdataset's buffer, as in its documentation
+WARM_UP = 8  # batches after the shuffle buffer is full
 COARSE = 8  # blocks along a side, whose means tell pictures apart that two decoders made
 
 
@@ -196,7 +197,7 @@ def rates(contender: Contender, folder: Path, kind: Kind, samples: int, seconds:
     """
     stream = contender.batches(folder, kind, contender.workers, True)
     count = 0
-    while count < SHUFFLE + 8 * BATCH:
+    while count < SHUFFLE + WARM_UP * BATCH:
         count += len(next(stream).keys)
     count, cpu, begin = 0, _processor_seconds(), time.perf_counter()
     while count < samples or time.perf_counter() - begin < seconds:

@@ -47,6 +47,14 @@ class Inputs:
             return WordTexts(self.vocabulary, text.n_tokens, text.too_long == "truncate")
         return EncodedTexts(self.encoders) if text.path or self.source is None else self._stored(self.source)
 
+    def load(self, source: Source) -> None:
+        """Load now what ``source`` will have to be encoded with, so that damaged weights are met before the first step."""
+        stored = source.features
+        frozen = self.config.encoders.text.frozen and (stored is None or stored.text is None)
+        latents = self.config.encoders.vae.kind == "vae" and (stored is None or stored.latent is None)
+        if frozen or latents:
+            self.encoders.load()
+
     @property
     def pictures(self) -> bool:
         """Whether latents can be turned into pictures."""

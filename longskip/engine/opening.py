@@ -19,8 +19,10 @@ from longskip.engine.encoders import check_manifest
 from longskip.errors import ConfigError
 
 
-def open_data(config: Config, path: str) -> SizedSource:
+def open_data(config: Config, path: str, *, check: bool = True) -> SizedSource:
     """The data at ``path`` for a run of ``config``: shards at a path or URL, or a folder of pictures.
+
+    ``check``: whether features and encoders are compared, which hashes the encoders' weights; one rank's doing is enough.
 
     Raises EncoderError for features of other encoders and for data that need an encoder that is not there, and what
     opening data raises.
@@ -47,19 +49,21 @@ def open_data(config: Config, path: str) -> SizedSource:
             cure="leave data.captions out, or encode on the way: shards without text features and encoders.text.path",
         )
     check_fields(data.captions, source.caption_fields() if data.captions else set())
-    index = source.index if isinstance(source, ShardSource) else None
-    check_manifest(config, index.encoders if index else {}, index.members if index else {"image": len(source)}, path)
+    if check:
+        index = source.index if isinstance(source, ShardSource) else None
+        members = index.members if index else {"image": len(source)}
+        check_manifest(config, index.encoders if index else {}, members, path)
     return source
 
 
-def open_training(config: Config) -> SizedSource:
+def open_training(config: Config, *, check: bool = True) -> SizedSource:
     """What a run trains on: ``data.path``, or the ``data.mix`` of several. ConfigError where neither is set."""
     if config.data.mix:
-        members = [open_data(config, each.path) for each in config.data.mix]
+        members = [open_data(config, each.path, check=check) for each in config.data.mix]
         return MixedSource(members, [each.weight for each in config.data.mix], [each.path for each in config.data.mix])
     if not config.data.path:
         raise ConfigError("data.path is not set", cure="name a folder of shards, or of pictures with captions")
-    return open_data(config, config.data.path)
+    return open_data(config, config.data.path, check=check)
 
 
 def data_name(config: Config) -> str:

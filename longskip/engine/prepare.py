@@ -41,13 +41,14 @@ def prepare(config: Config, run_path: Path, world: World) -> Job:
     resuming, kept_micro, attempt = claimed["resuming"], claimed["micro_batch"], claimed["attempt"]
     batch = config.batch(world.size, kept_micro)
     on_main(world, lambda: _check(run, config, batch, world.device, resuming))
-    source = open_training(config)
+    source = open_training(config, check=False)  # the first rank has
     assignment = Assignment.load(run.path, source.fingerprint()) if config.data.buckets != "off" else None
     plan = plan_for(config, source, batch.total, assignment)
     if not resuming and config.encoders.text.kind == "words":
         on_main(world, lambda: _begin_vocabulary(run, config, source))
     vocabulary = build.words_of(run.path, config)
     inputs = Inputs(config, vocabulary, world.device, source)
+    on_main(world, lambda: inputs.load(source))
     start: Any = on_main(world, lambda: _find_start(run, config, vocabulary))
     on_main(world, lambda: Validation(config, world, inputs, source).count)
     validation = Validation(config, world, inputs, source)

@@ -46,7 +46,7 @@ class Validation:
 
     def __init__(self, config: Config, world: World, inputs: Inputs, training: Source) -> None:
         self.config, self.world, self.inputs = config, world, inputs
-        self.source = open_data(config, config.data.validation) if config.data.validation else None
+        self.source = open_data(config, config.data.validation, check=world.is_main) if config.data.validation else None
         self.prompts = list(config.logging.prompts)
         if not inputs.pictures or not config.logging.samples_every:
             self.prompts = []

@@ -26,9 +26,10 @@ def result() -> Iterator[dict[str, Any]]:
     """Both kinds, as small as they come, and not to be believed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench_pipelines, "SHUFFLE", 64)
+        patch.setattr(bench_pipelines, "WARM_UP", 0)
         patch.setattr(bench_data, "SECONDS", 0.01)
         patch.setattr(bench_data, "RESUMES", 1)
-        yield bench_data.bench_data(samples=COUNT, repeats=1, workers=1)
+        yield bench_data.bench_data(samples=COUNT, repeats=1, workers=0)
 
 
 def test_every_contender_hands_out_the_same_batches(result: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -131,3 +132,23 @@ def test_a_contact_sheet_shows_the_pixels(tmp_path):
     assert len(set(chosen)) == 2
     with pytest.raises(DataError, match="columns 0"):
         contact_sheet(source, tmp_path / "sheet.png", columns=0)
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def test_feature_shards_are_read_and_their_numbers_looked_at(tmp_path: Path) -> None:
+    latents = [np.full((4, 2, 2), i, np.float16) for i in range(4)]
+    latents[2][1, 1, 1] = np.inf
+    damaged = _npy(latents[3])[:-2]
+    samples = [
+        {"__key__": f"{i}", "latent.npy": damaged if i == 3 else _npy(latents[i]), "txt": f"caption {i}"}
+        for i in range(4)
+    ]
+    write_shards(samples, tmp_path / "features")
+    report = lint(tmp_path / "features")
+    assert (report.samples, report.good) == (4, 2)
+    assert report.counts == {"feature_format": 1, "feature_values": 1}

@@ -11,8 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from longskip.engine.data.decode import MAX_PIXELS, decode_image
-from longskip.engine.data.index import INDEX_NAME, Index, check_shard, load_index, refuse_url
+from longskip.engine.data.index import DERIVED, INDEX_NAME, Index, check_shard, load_index, refuse_url
+from longskip.engine.data.npy import array_of
 from longskip.engine.data.sources import RawSample, ShardSource, open_source, read_entry, scan_folder
 from longskip.engine.data.tokens import Vocabulary, split_words
 from longskip.errors import BadSampleError, ShardError
@@ -63,7 +66,8 @@ def lint(
 ) -> LintReport:
     """Checks a folder of shards or of pictures: hashes, headers, every picture decoded, every caption read.
 
-    Reasons beside those of reading: ``shard`` (missing, truncated, altered headers or table), ``shard_sha256``,
+    Stored features are read as well. Reasons beside those of reading: ``feature_values`` (NaN or infinity),
+    ``shard`` (missing, truncated, altered headers or table), ``shard_sha256``,
     ``duplicate_key``, ``duplicate_image`` (the same bytes as an earlier picture), ``text_too_long`` (more than
     ``n_txt`` tokens of ``vocabulary``; without one, more than ``n_txt`` words). Duplicates can still be trained on and
     count as good; samples of a shard that cannot be opened do not. Raises ``ShardError`` where there is no index to
@@ -104,8 +108,19 @@ def _lint_shards(index: Index, check: _Checks) -> None:
             report.add(shard.file, "shard_sha256", f"expected {shard.sha256}, found {sha256}")
         source = ShardSource(Index(index.folder, (shard,)), on_damage="skip")
         for i in range(len(source)):
-            check.sample(source.key(i), partial(source.read, i))
+            check.sample(source.key(i), partial(_read_shard, source, i))
         source.close()
+
+
+def _read_shard(source: ShardSource, i: int) -> RawSample:
+    """Sample ``i`` with its features looked at; where latents stand for the picture, its bytes are none."""
+    for kind in DERIVED:
+        data = source.member(i, kind)
+        if data is not None and not np.isfinite(array_of(data)).all():
+            raise BadSampleError("feature_values", f"{kind} holds NaN or infinity")
+    if source.member(i, "image") is None and source.member(i, "latent.npy") is not None:
+        return RawSample(source.key(i), b"", source.captions(i))
+    return source.read(i)
 
 
 class _Checks:
@@ -135,9 +150,10 @@ class _Checks:
         try:
             sample = read()
             self._captions(key, sample)
-            if _seen(self.pictures, sample.image):
+            if sample.image and _seen(self.pictures, sample.image):
                 self.report.add(key, "duplicate_image", "an earlier picture has the same bytes")
-            decode_image(sample.image, resolution=(8, 8), max_pixels=self.max_pixels)
+            if sample.image:
+                decode_image(sample.image, resolution=(8, 8), max_pixels=self.max_pixels)
         except BadSampleError as error:
             self.report.add(key, error.reason, error.message)
         new = set((Counter(self.report.counts) - faults).keys())

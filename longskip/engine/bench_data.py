@@ -10,13 +10,11 @@ import hashlib
 import io
 import multiprocessing
 import os
-import platform
 import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ import torch
 from PIL import Image
 
 from longskip.engine import bench_pipelines
+from longskip.engine.bench_common import VERDICTS, commit, machine, shown, spread
 from longskip.engine.bench_pipelines import BATCH, LATENT_SHAPE, STORED_SIDE, TEXT_SHAPE, Contender, Kind
 from longskip.engine.data.crc import CRC32_BY
 from longskip.engine.data.features import LATENT, MASK, TEXT
@@ -90,7 +89,8 @@ def bench_data(
             found[kind] = _of_kind(kind, folder, made, count, repeats, workers, progress)
     return {
         "command": " ".join(["longskip bench data", *(f"--{name} {value}" for name, value in options.items())]),
-        "machine": _machine(),
+        "commit": commit(),
+        "machine": machine("torch", "webdataset", "numpy"),
         "crc32_by": CRC32_BY,
         "load_average": {"before": list(load), "after": list(os.getloadavg())},
         "batch": BATCH,
@@ -139,7 +139,7 @@ def _of_kind(
             for contender in entries
         },
         "comparisons": comparisons(kind, runs, agree),
-        "resume_ms": spread(resumes) | {"asked": RESUME_MS, "met": float(np.median(resumes)) <= RESUME_MS},
+        "resume_ms": spread(resumes) | ({"asked": RESUME_MS} if kind == "features" else {}),
     }
 
 
@@ -257,12 +257,6 @@ def agrees(kind: Kind, found: Mapping[str, Any], made: Mapping[str, str], ours: 
     return bool(np.max(apart) <= COARSE_DIFFERENCE)
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and the 20th and 80th percentiles."""
-    low, middle, high = np.percentile(values, (20, 50, 80)).tolist()
-    return {"median": middle, "p20": low, "p80": high}
-
-
 def comparisons(
     kind: Kind, runs: Mapping[str, Sequence[Mapping[str, float]]], agree: Mapping[str, bool]
 ) -> list[dict[str, Any]]:
@@ -292,16 +286,16 @@ def comparisons(
 
 def to_markdown(result: Mapping[str, Any]) -> str:
     """The result as a page to read."""
-    machine = result["machine"]
-    packages = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    made_of = result["machine"]
+    packages = ", ".join(f"{name} {version}" for name, version in made_of["versions"].items())
     before, after = (", ".join(f"{value:.1f}" for value in result["load_average"][key]) for key in ("before", "after"))
     lines = [
         "# The reader, beside webdataset's pipelines",
         "",
         f"`{result['command']}`",
         "",
-        f"{machine['device']}, {machine['cores']} cores, {packages}; crc32 by {result['crc32_by']}. Load average before "
-        f"{before}, after {after}.",
+        f"{made_of['device']}, {made_of['cores']} cores, {packages}; commit {result['commit']}; crc32 by "
+        f"{result['crc32_by']}. Load average before {before}, after {after}.",
         "",
         f"Samples per second in collated batches of {result['batch']}, and microseconds of processor time a sample, summed "
         f"over all processes: median (20th–80th percentile) of {result['repeats']} fresh processes of each contender, in "
@@ -330,46 +324,25 @@ def to_markdown(result: Mapping[str, Any]) -> str:
         ]
         for figures in found["contenders"].values():
             lines.append(
-                f"| {figures['title']} | {figures['workers']} | {_range(figures['samples_per_second'], ',.0f')} "
-                f"| {_range(figures['cpu_us'], ',.1f')} | {'as stored' if figures['same_batches'] else 'WRONG'} |"
+                f"| {figures['title']} | {figures['workers']} | {shown(figures['samples_per_second'], ',.0f')} "
+                f"| {shown(figures['cpu_us'], ',.1f')} | {'as stored' if figures['same_batches'] else 'WRONG'} |"
             )
         lines += ["", "| ours | against | by | asked | ratio | |", "|---|---|---|---|---|---|"]
         for line in found["comparisons"]:
             asked = "" if line["asked"] is None else f"≥ {line['asked']:g}"
-            ratio = "none: other batches" if line["ratio"] is None else _range(line["ratio"], ".2f")
+            ratio = "none: other batches" if line["ratio"] is None else shown(line["ratio"], ".2f")
             lines.append(
-                f"| {line['ours']} | {line['theirs']} | {line['by']} | {asked} | {ratio} | {_VERDICTS[line.get('met')]} |"
+                f"| {line['ours']} | {line['theirs']} | {line['by']} | {asked} | {ratio} | {VERDICTS[line.get('met')]} |"
             )
         resumed = found["resume_ms"]
         lines += [
             "",
             f"Resume (open {found['shards']} shards with their checks, seek into an epoch past 1,000, first batch with its "
-            f"draws): {_range(resumed, '.1f')} ms; asked ≤ {resumed['asked']:g}: {_VERDICTS[resumed['met']]}.",
+            f"draws): {shown(resumed, '.1f')} ms"
+            + (
+                f"; asked ≤ {asked:g}: {VERDICTS[resumed['median'] <= asked]}."
+                if (asked := resumed.get("asked"))
+                else "."
+            ),
         ]
     return "\n".join(lines) + "\n"
-
-
-_VERDICTS = {True: "met", False: "missed", None: ""}
-
-
-def _range(values: Mapping[str, float], form: str) -> str:
-    return f"{values['median']:{form}} ({values['p20']:{form}}–{values['p80']:{form}})"
-
-
-def _machine() -> dict[str, Any]:
-    names = ("torch", "webdataset", "numpy", "pillow")
-    return {
-        "device": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in names},
-    }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

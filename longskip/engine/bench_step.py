@@ -7,13 +7,10 @@ primary figure is processor time, summed over the ranks and all their threads, w
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import multiprocessing
 import os
-import platform
-import subprocess
 import tempfile
 import time
 import traceback
@@ -28,6 +25,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longskip.engine import bench_rivals
+from longskip.engine.bench_common import VERDICTS, commit, cores, machine, shown, spread
 from longskip.engine.bench_rivals import declared
 from longskip.engine.build import build_vocabulary
 from longskip.engine.config import Config
@@ -40,7 +38,6 @@ from longskip.engine.distributed import World, barrier, import_deepspeed, join
 from longskip.engine.inputs import Inputs
 from longskip.engine.ports import free_port
 from longskip.engine.prepare import prepare
-from longskip.engine.runs import environment
 from longskip.errors import ConfigError, LongskipError
 
 WARM_UP = 3  # ZeRO-3 learns the order of the modules in its first step and prefetches from the second on
@@ -122,7 +119,7 @@ def bench_step(
         raise ConfigError(f"--ranks {ranks} on {torch.cuda.device_count()} GPU(s)", cure="one rank a GPU")
     import_deepspeed()  # once here, and not in every forked rank
     chosen = [contender for contender in contenders(ranks) if not only or contender.name in only]
-    threads = max(1, _cores() // ranks)
+    threads = max(1, cores() // ranks)
     model: dict[str, Any] = {"preset": preset, "depth": depth, "width": width, "batch": batch, "seed": seed}
     load, runs = os.getloadavg(), dict[str, list[dict[str, Any]]]()
     with tempfile.TemporaryDirectory(prefix="longskip-bench-") as folder:
@@ -145,8 +142,8 @@ def bench_step(
     shape = config.backbone()
     return {
         "command": " ".join(["longskip bench step", *(f"--{name} {value}" for name, value in options.items())]),
-        "commit": _commit(),
-        "machine": _machine(),
+        "commit": commit(),
+        "machine": machine("torch", "deepspeed"),
         "threads_per_rank": threads,
         "load_average": {"before": list(load), "after": list(os.getloadavg())},
         "model": {
@@ -318,12 +315,6 @@ def _joined(contender: Contender, folder: Path) -> dict[str, Any]:
     }
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and the 20th and 80th percentiles."""
-    low, middle, high = np.percentile(values, (20, 50, 80)).tolist()
-    return {"median": middle, "p20": low, "p80": high}
-
-
 def _figures(contender: Contender, runs: list[dict[str, Any]], reference: list[float]) -> dict[str, Any]:
     apart = max(float(np.max(np.abs(np.array(run["losses"]) / np.array(reference) - 1.0))) for run in runs)
     return {
@@ -380,53 +371,13 @@ def to_markdown(result: dict[str, Any]) -> str:
         kinds = ", ".join(f"{kind} {count:g}" for kind, count in figures["collectives_by_kind"].items())
         lines.append(
             f"| {figures['title']} | {figures['ranks']} | {figures['collectives']:g}{f' ({kinds})' if kinds else ''} "
-            f"| {_range(figures['cpu_ms'], '.1f')} | {_range(figures['wall_ms'], '.1f')} "
+            f"| {shown(figures['cpu_ms'], '.1f')} | {shown(figures['wall_ms'], '.1f')} "
             f"| {figures['loss_difference']:.1e}{'' if figures['losses_agree'] else ': NOT THE SAME'} |"
         )
     lines += ["", "| comparison | asked | measured | |", "|---|---|---|---|"]
     for line in result["comparisons"]:
         sign = "≤" if "collectives" in line["what"] else "≥"
         asked = "" if line["asked"] is None else f"{sign} {line['asked']}"
-        measured = "no ratio: the losses differ" if line["ratio"] is None else _range(line["ratio"], ".2f")
-        lines.append(f"| {line['what']} | {asked} | {measured} | {_VERDICTS[line['met']]} |")
+        measured = "no ratio: the losses differ" if line["ratio"] is None else shown(line["ratio"], ".2f")
+        lines.append(f"| {line['what']} | {asked} | {measured} | {VERDICTS[line['met']]} |")
     return "\n".join(lines) + "\n"
-
-
-_VERDICTS = {True: "met", False: "missed", None: ""}
-
-
-def _range(values: dict[str, float], form: str) -> str:
-    return f"{values['median']:{form}} ({values['p20']:{form}}–{values['p80']:{form}})"
-
-
-def _machine() -> dict[str, Any]:
-    made_of = environment()
-    packages = {name: made_of["packages"][name] for name in ("torch", "deepspeed")}
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
-        "cores": _cores(),
-        "versions": {"longskip": made_of["longskip"], "python": made_of["python"]} | packages,
-    }
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-def _commit() -> str:
-    """The commit of the code that runs, with a mark where files were changed since; "unknown" outside a repository."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit.stdout.strip() + (" and changes since" if changed.stdout.strip() else "")

@@ -26,6 +26,10 @@ THREADS = 2
 GIL to and fro between system calls of 10 µs, and read less."""
 
 
+LOOKED_UP = 512
+"""Positions that are looked up in the plan at a time; a few cost as much as many."""
+
+
 class Reader:
     """An endless iterator over global steps; each item is the list of this rank's ``accumulation`` micro-batches.
 
@@ -152,12 +156,18 @@ class _Walk:
         self.split = (rank, world, micro, accumulation)
 
     def __iter__(self) -> Iterator[Coordinates]:
-        cursor = self.cursor
+        """``Plan.slots`` of one global batch after the other, this rank's alone and several at a time."""
+        plan, cursor = self.plan, self.cursor
+        rank, world, micro, accumulation = self.split
+        several = max(1, LOOKED_UP // plan.batch)
         while True:
-            bucket = self.plan.bucket_at(cursor)
-            for epochs, samples in self.plan.slots(cursor, *self.split):
-                yield epochs, samples, bucket
-            cursor = cursor.advance(self.plan.batch)
+            positions, _ = cursor.take(several * plan.batch)
+            epochs, samples = plan.lookup(positions.reshape(several, accumulation, world, micro)[:, :, rank])
+            for k in range(several):
+                bucket = plan.bucket_at(cursor)
+                for j in range(accumulation):
+                    yield epochs[k, j], samples[k, j], bucket
+                cursor = cursor.advance(plan.batch)
 
 
 class _Threaded:

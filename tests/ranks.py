@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from longskip.engine.config import Config
 from longskip.engine.configio import merge, validate
 from longskip.engine.ports import free_port
@@ -65,6 +67,8 @@ def run_ranks(
 
 def _child(variables: dict[str, str], act: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.environ.update(variables)
+    # torch renews its thread pool in a forked process at the first use; two threads that do so at once break it.
+    torch.set_num_threads(1)
     try:
         code = act(*arguments)
     except LongskipError as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 import threading
 import zlib
@@ -457,6 +459,23 @@ def test_workers_hand_over_errors_of_shards(tmp_path: Path) -> None:
             for _ in range(4):
                 next(read)
         assert "longskip data lint" in (caught.value.cure or "")
+
+
+def test_a_reader_that_nobody_closed_does_not_keep_the_program(folder: Path, tmp_path: Path) -> None:
+    code = f"""
+from longskip.engine.data.plan import Plan
+from longskip.engine.data.reader import Reader
+from longskip.engine.data.sources import open_source
+if __name__ == "__main__":
+    read = Reader(open_source({str(folder)!r}), Plan({SAMPLES}, 4), None, resolution=(32, 48), n_txt={N_TXT}, micro=4,
+                  workers=1, start_method="forkserver")
+    kept = [next(read)]
+    print(kept[0][0].keys[0], flush=True)
+"""
+    (tmp_path / "program.py").write_text(code)
+    done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith("0000"), done.stderr
+    assert done.stderr == ""
 
 
 def test_shards_are_let_go_and_opened_again_under_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import io
 import json
@@ -132,6 +133,19 @@ def png(i: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 21 + i % 3, 3), dtype=np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_connections_left():
+    """fsspec keeps file systems for ever; in a forked rank of a later test their end would wait for a thread that is
+    not there."""
+    yield
+    import fsspec
+
+    for scheme in ("http", "s3", "memory"):
+        with contextlib.suppress(ImportError):
+            fsspec.get_filesystem_class(scheme).clear_instance_cache()
+    gc.collect()
 
 
 @pytest.fixture(scope="module")

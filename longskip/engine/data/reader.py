@@ -161,13 +161,15 @@ class _Walk:
         rank, world, micro, accumulation = self.split
         several = max(1, LOOKED_UP // plan.batch)
         while True:
-            positions, _ = cursor.take(several * plan.batch)
+            positions, after = cursor.take(several * plan.batch)
             epochs, samples = plan.lookup(positions.reshape(several, accumulation, world, micro)[:, :, rank])
             for k in range(several):
-                bucket = plan.bucket_at(cursor)
+                bucket = plan.bucket_at(cursor) if plan.buckets else None
                 for j in range(accumulation):
                     yield epochs[k, j], samples[k, j], bucket
-                cursor = cursor.advance(plan.batch)
+                if plan.buckets:
+                    cursor = cursor.advance(plan.batch)
+            cursor = after
 
 
 class _Threaded:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import multiprocessing.util
 import os
-import queue
 import signal
-import threading
 import traceback
 import weakref
 from collections import deque
@@ -33,6 +32,7 @@ Coordinates = tuple[np.ndarray, np.ndarray, tuple[int, int] | None]
 """Epochs, samples, and the bucket (H, W) in pixels that they are of."""
 
 _ALIGN = 64
+_PIPE = 1 << 16  # bytes that a pipe holds without being read, at the least
 _SMALL = 4096  # bytes per sample for the tensors that are not large
 
 
@@ -57,7 +57,9 @@ class Workers:
         context: Any = multiprocessing.get_context(start_method)
         if start_method == "forkserver":
             context.set_forkserver_preload([__name__])  # torch is imported once, not by every worker
-        size = assembler.batch_bytes(micro) + micro * _SMALL + 32 * _ALIGN
+        size = (assembler.batch_bytes(micro) + micro * _SMALL) // _ALIGN * _ALIGN + 64 * _ALIGN
+        # Neither side may wait to be read while the other does: tasks under way must fit into the pipe, or be one.
+        ahead = min(ahead, max(1, _PIPE // (16 * micro + 1024)))
         shared = [context.RawArray("B", size) for _ in range(count * ahead + held + 1)]
         self._slots = [np.frombuffer(memory, np.uint8) for memory in shared]
         self._free = deque(range(len(shared)))
@@ -73,6 +75,9 @@ class Workers:
             theirs.close()  # so that its end is seen here
             self._connections.append(ours)
             self._processes.append(process)
+        # Also when nobody closed it: at the program's end they would be asked by a signal, which they ignore.
+        ends = (self._connections, self._processes)
+        self._end = multiprocessing.util.Finalize(self, _end, args=ends, exitpriority=10)
         for _ in range(ahead):
             for connection in self._connections:
                 self._begin(connection)
@@ -101,16 +106,18 @@ class Workers:
         return self._unpacked(packed, slot)
 
     def _unpacked(self, packed: dict[str, Any], slot: int | None) -> MicroBatch:
-        memory = torch.empty(0, dtype=torch.uint8)
+        memory: dict[str, torch.Tensor] = {}
         if slot is not None:
             owner = self._slots[slot].view()  # what the tensors hold, and whose end is noticed
             weakref.finalize(owner, self._free.append, slot).atexit = False
-            memory = torch.from_numpy(owner)
+            memory["uint8"] = torch.from_numpy(owner)
 
         def tensor(value: Any) -> Any:
             if isinstance(value, _Place):
-                stop = value.offset + math.prod(value.shape) * getattr(torch, value.dtype).itemsize
-                return memory[value.offset : stop].view(getattr(torch, value.dtype)).view(value.shape)
+                whole = memory.get(value.dtype)
+                if whole is None:
+                    whole = memory[value.dtype] = memory["uint8"].view(getattr(torch, value.dtype))
+                return whole.as_strided(value.shape, value.strides, value.offset)
             return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
         values = {name: tensor(value) for name, value in packed.items()}
@@ -125,20 +132,25 @@ class Workers:
 
     def close(self) -> None:
         """Ends the processes; batches that were handed out stay as they are."""
-        for connection in self._connections:
-            connection.close()
-        for process in self._processes:
-            process.join(timeout=5)
-            if process.exitcode is None:
-                process.kill()
-                process.join()
+        self._end()
+
+
+def _end(connections: Sequence[Connection], processes: Sequence[Any]) -> None:
+    for connection in connections:
+        connection.close()
+    for process in processes:
+        process.join(timeout=2)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
 
 
 class _Place(NamedTuple):
-    """A tensor in a slot."""
+    """A tensor in a slot; ``offset`` counts its own numbers."""
 
     offset: int
     shape: tuple[int, ...]
+    strides: tuple[int, ...]
     dtype: str
 
 
@@ -158,11 +170,13 @@ class _Slots(Buffers):
 
     def tensor(self, shape: Sequence[int], dtype: DTypeLike) -> tuple[torch.Tensor, np.ndarray]:
         size = math.prod(shape) * np.dtype(dtype).itemsize
-        if self._slot is None or self._used + size > len(self._memories[self._slot]):
+        if self._slot is None or not 0 < size <= len(self._memories[self._slot]) - self._used:
             return super().tensor(shape, dtype)
         array = self._memories[self._slot][self._used : self._used + size].view(dtype).reshape(shape)
         tensor = torch.from_numpy(array)
-        self._places[tensor.data_ptr()] = _Place(self._used, tuple(shape), str(tensor.dtype).removeprefix("torch."))
+        name = str(tensor.dtype).removeprefix("torch.")
+        offset = self._used // tensor.itemsize
+        self._places[tensor.data_ptr()] = _Place(offset, tuple(shape), tensor.stride(), name)
         self._used += -(-size // _ALIGN) * _ALIGN
         return tensor, array
 
@@ -193,33 +207,20 @@ def _work(connection: Connection, assembler: Assembler, memories: Sequence[Any])
     for number in ASKING:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
-    tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(connection, tasks), daemon=True).start()
     slots = _Slots(memories)
     assembler = replace(assembler, buffers=slots)
-    while True:
-        *coordinates, slot = tasks.get()
-        slots.begin(slot)
-        answer: Any
-        try:
-            answer = (slot, slots.packed(assembler.assemble(*coordinates)))
-        except LongskipError as error:
-            answer = error
-        except Exception:
-            answer = traceback.format_exc()
-        try:
+    try:
+        while True:
+            *coordinates, slot = connection.recv()
+            slots.begin(slot)
+            answer: Any
+            try:
+                answer = (slot, slots.packed(assembler.assemble(*coordinates)))
+            except LongskipError as error:
+                answer = error
+            except Exception:
+                answer = traceback.format_exc()
             connection.send(answer)
-        except OSError:
-            os._exit(0)
-
-
-def _receive(connection: Connection, tasks: queue.SimpleQueue[Any]) -> None:
-    """Takes tasks as they come, so that the reader never waits to hand one over; ends the process with the connection.
-
-    At once, without unloading torch: a process that does so while one of its threads still runs aborts now and then.
-    """
-    while True:
-        try:
-            tasks.put(connection.recv())
-        except (EOFError, OSError):
-            os._exit(0)
+    except (EOFError, OSError):
+        # At once: a process that unloads torch while one of its threads still runs aborts now and then.
+        os._exit(0)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 REQUIRED = (
-    "torch", "triton", "deepspeed", "webdataset", "fvcore", "numpy", "scipy", "pillow", "safetensors", "pydantic",
+    "torch", "triton", "deepspeed", "webdataset", "fvcore", "numpy", "scipy", "pillow", "safetensors", "isal", "pydantic",
     "PyYAML", "typer", "rich", "jinja2", "matplotlib", "tensorboard", "psutil",
 )  # fmt: skip
 OPTIONAL = {

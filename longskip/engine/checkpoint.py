@@ -300,7 +300,9 @@ def choose(checkpoints: Path, which: str | None) -> Path:
         if path is None:
             raise CheckpointError(
                 f"{checkpoints} holds no complete checkpoint" + "".join(f"; {c}" for c in complaints),
-                cure="train first: a checkpoint is committed every checkpoint.every steps",
+                cure="bring the damaged files back from a copy; longskip checkpoint verify names them"
+                if complaints
+                else "train first: a checkpoint is committed every checkpoint.every steps",
             )
         return path
     name = f"step-{int(which):08d}" if which.isdigit() else which

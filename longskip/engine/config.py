@@ -435,10 +435,11 @@ class Config(Group):
             micro = total // (world * accumulation)
         if world not in fits:
             given = f" with micro_batch {micro}" if self.train.micro_batch or kept_micro else ""
-            raise ConfigError(
-                f"train.batch_size {total} does not divide over {world} rank(s){given}",
-                cure=f"start one of {fits} ranks, or change train.batch_size, micro_batch or accumulation",
-            )
+            cure = f"start one of {fits} ranks, or change train.batch_size, micro_batch or accumulation"
+            if kept_micro:
+                given += ", which this run began with and keeps"
+                cure = f"start one of {fits} ranks, or begin a new run with a smaller train.micro_batch"
+            raise ConfigError(f"train.batch_size {total} does not divide over {world} rank(s){given}", cure=cure)
         return BatchPlan(total=total, micro=micro, accumulation=total // (world * micro), world=world)
 
 

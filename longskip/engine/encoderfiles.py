@@ -154,7 +154,7 @@ def check_vae(group: VaeGroup) -> EncoderFiles:
     if not group.path:
         raise EncoderError(
             "encoders.vae.path is not set, and pictures and latents are to be turned into each other",
-            cure="set it to the folder of the AutoencoderKL",
+            cure="longskip train CONFIG encoders.vae.path=FOLDER (on a finished run it trains nothing and notes the path)",
         )
     files = vae_files(group.path)
     _compare("encoders.vae", files.folder, group, vae_group(files), ("channels", "factor", "scale", "shift"))
@@ -166,7 +166,7 @@ def check_text(group: TextGroup) -> EncoderFiles:
     if not group.path:
         raise EncoderError(
             "encoders.text.path is not set, and texts are to be encoded",
-            cure="set it to the folder of the text encoder",
+            cure="longskip train CONFIG encoders.text.path=FOLDER (on a finished run it trains nothing and notes the path)",
         )
     files = text_files(group.path)
     _compare("encoders.text", files.folder, group, text_group(files, group.n_tokens), ("kind", "width"))

@@ -1,6 +1,7 @@
 """``longskip evaluate``: a checkpoint's loss per time bin, verdicts and scores of drawn pictures, and likelihood.
 
-One command's result is ``eval/step-N.json``; another command at the same step replaces it.
+Results are in ``eval/step-N.json``. Another command at the same step adds its scores where it draws alike; where it does
+not, the earlier file goes to ``eval/earlier/``.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from longskip.errors import ConfigError
 
 JUDGES = ("shapes", "nearest", "none")
 LIKELIHOODS = ("vlb", "ode")
+SCORES = ("loss", "judge", "nearest", "fidelity", "clip_score", "likelihood")
 
 
 def evaluate(
@@ -61,7 +63,10 @@ def evaluate(
         if method not in LIKELIHOODS:
             raise ConfigError(f"likelihood {method!r}", cure=f"one of {', '.join(LIKELIHOODS)}")
     if likelihood and not config.data.validation:
-        raise ConfigError(f"likelihood is of validation samples, and {run} names none", cure="set data.validation")
+        raise ConfigError(
+            f"likelihood is of validation samples, and {run} names none",
+            cure="longskip train CONFIG data.validation=FOLDER: on a finished run it trains nothing and notes it",
+        )
     how = Drawing.of(config.eval, config.diffusion, sampler=sampler, steps=steps, guidance=guidance, seed=seed)
     judges = Judges.of(config, loaded.device, statistics=statistics, network=network, clip=clip)
     if kind == "none" and not judges and not config.data.validation:
@@ -72,7 +77,8 @@ def evaluate(
         )
     if (kind != "none" or judges) and not loaded.inputs.pictures:
         raise ConfigError(
-            "encoders.vae.path is not set, and pictures are to be drawn", cure="set it in the run's config.yaml"
+            "encoders.vae.path is not set, and pictures are to be drawn",
+            cure="longskip train CONFIG encoders.vae.path=FOLDER: on a finished run it trains nothing and notes it",
         )
     judged, scored = count or config.eval.judge_count, count or config.eval.count
     prompts = prompts_of(config, loaded.inputs, scored, seed) if judges else None
@@ -97,8 +103,33 @@ def evaluate(
         result |= score_drawn(loaded, how, judges, prompts, progress)
     if likelihood:
         result["likelihood"] = _likelihood(loaded, likelihood, count or config.eval.likelihood_count, seed)
-    write_atomic(folder / f"{name}.json", json.dumps(result, indent=1))
+    path = folder / f"{name}.json"
+    result |= _kept_scores(path, result)
+    write_atomic(path, json.dumps(result, indent=1))
     return result
+
+
+def _kept_scores(path: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Scores of an earlier command that this one did not compute, where both drew alike.
+
+    A result of other settings is put aside in ``earlier/``: drawing ten thousand pictures again is dear.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        earlier = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        return {}
+    if all(
+        earlier.get(key) == result[key] for key in ("checkpoint", "weights", "sampler", "steps", "guidance", "seed")
+    ):
+        return {key: value for key, value in earlier.items() if key in SCORES and key not in result}
+    aside, number = path.parent / "earlier", 1
+    aside.mkdir(exist_ok=True)
+    while (aside / f"{path.stem}.{number}.json").exists():
+        number += 1
+    path.rename(aside / f"{path.stem}.{number}.json")
+    return {}
 
 
 def _loss(loaded: Loaded) -> dict[str, Any]:

@@ -139,9 +139,9 @@ def _settings(out: Path, encoders: Any, size: Size, buckets: Sequence[Size]) -> 
     """The configuration that these features ask for, as dotted overrides."""
     yield f"data.path={out}"
     if encoders.vae.kind == "vae":
-        yield f"model.resolution={list(size)}"
+        yield f"model.resolution={size[0] if size[0] == size[1] else json.dumps(list(size), separators=(',', ':'))}"
         if buckets:
-            yield f"data.buckets={[list(bucket) for bucket in buckets]}"
+            yield f"data.buckets={json.dumps([list(bucket) for bucket in buckets], separators=(',', ':'))}"
         for name in ("kind", "path", "channels", "factor", "scale", "shift"):
             yield f"encoders.vae.{name}={getattr(encoders.vae, name)}"
     if encoders.text.frozen:

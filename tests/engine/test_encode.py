@@ -618,7 +618,7 @@ def test_the_command_encodes_by_rank_and_finishes(folder, whole, tmp_path, capsy
     printed = capsys.readouterr().out
     for line in (
         f"data.path={out}",
-        "model.resolution=[32, 32]",
+        "model.resolution=32",
         "encoders.vae.scale=0.18215",
         "encoders.text.width=32",
     ):

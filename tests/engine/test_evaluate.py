@@ -322,3 +322,19 @@ def test_the_commands(home: Path, shapes: Path, tmp_path: Path, capsys: pytest.C
     ):
         code, said = longskip(*arguments)
         assert code == 2 and words in said, (arguments, said)
+
+
+def test_scores_of_an_earlier_command_are_kept_where_both_draw_alike(home: Path) -> None:
+    """Same checkpoint and drawing: added to; other ones: the earlier file is put aside, not lost."""
+    path = home / "run" / STEP
+    path.unlink(missing_ok=True)
+    first = scores(home, clip=None)
+    assert "clip_score" not in first
+    both = scores(home, statistics=None, network=None)
+    assert both["fidelity"] == first["fidelity"] and "clip_score" in both
+    assert json.loads(path.read_text()) == both
+    before = set((path.parent / "earlier").glob("*.json")) if (path.parent / "earlier").is_dir() else set()
+    other = scores(home, guidance=1.5, clip=None)
+    assert "clip_score" not in other and other["fidelity"] != first["fidelity"]
+    (aside,) = set((path.parent / "earlier").glob("*.json")) - before
+    assert json.loads(aside.read_text()) == both

@@ -477,6 +477,7 @@ MAY_CHANGE_ON_RESUME = (
     "train.steps", "logging.", "eval.", "checkpoint.", "launch.", "budget.",
     # how the same numbers are computed, and where the same data and encoders lie (their fingerprints are compared)
     "engine.", "deepspeed.zero_stage", "deepspeed.offload_", "data.path", "data.validation", "data.workers", "data.cache",
+    "data.max_bad_share", "data.on_damage", "encoders.text.too_long",
     "data.remote",
     "encoders.vae.path", "encoders.text.path",
 )  # fmt: skip

@@ -15,6 +15,7 @@ from longskip.engine.data.sources import Source
 from longskip.engine.data.tokens import Vocabulary
 from longskip.engine.encoders import Encoders
 from longskip.engine.texts import EncodedTexts, NoTexts, StoredTexts, Texts, WordTexts
+from longskip.errors import TextTooLongError
 
 STORED_CAPTIONS = 16
 
@@ -80,12 +81,26 @@ class Inputs:
         """The micro-batch on the device, encoded where its pictures or captions still are to be."""
         micro = micro.to(self.device)
         if self.config.encoders.text.frozen and not micro.conditions:
+            micro = self._without_long(micro)
             micro = replace(micro, conditions=self.texts.conditions(micro.captions, self.device))
         if micro.clean.shape != micro.noise.shape:
             latents = self.encoders.encode_images(micro.clean)
             # A bad sample's picture is zeros; its latents are made so again, whatever the encoder says of grey.
             micro = replace(micro, clean=latents * (micro.weight > 0).view(-1, 1, 1, 1))
         return micro
+
+    def _without_long(self, micro: MicroBatch) -> MicroBatch:
+        """Captions that the encoder does not take make bad samples, as they do where they are encoded beforehand."""
+        captions, weight = list(micro.captions), micro.weight
+        for i, caption in enumerate(captions):
+            try:
+                self.texts.check([caption])
+            except TextTooLongError as error:
+                weight = weight.clone()
+                weight[i], captions[i] = 0.0, ""
+                entry = {"key": micro.keys[i], "sample": int(micro.samples[i]), "reason": "text_too_long"}
+                micro.bad.append(entry | {"detail": str(error)})
+        return replace(micro, captions=tuple(captions), weight=weight)
 
     def to_pictures(self, latents: torch.Tensor) -> np.ndarray:
         """Latents (B, C, h, w) → uint8 (B, H, W, 3)."""

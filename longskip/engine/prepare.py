@@ -49,13 +49,20 @@ def prepare(config: Config, run_path: Path, world: World) -> Job:
     vocabulary = build.words_of(run.path, config)
     inputs = Inputs(config, vocabulary, world.device, source)
     on_main(world, lambda: inputs.load(source))
-    start: Any = on_main(world, lambda: _find_start(run, config, vocabulary))
+    draws: Any = {
+        "caption_dropout": config.diffusion.caption_dropout,
+        "flip": config.data.flip,
+        "crop": config.data.crop,
+    }
+    on_main(world, lambda: bool(inputs.assembler(source, **draws)))  # refuses what the data cannot be read with
+    folder, complaints = checkpoint.newest_for_all(run.checkpoints, world.rank)
+    start: Any = on_main(world, lambda: _find_start(config, vocabulary, folder))
     on_main(world, lambda: Validation(config, world, inputs, source).count)
     validation = Validation(config, world, inputs, source)
 
     model = build.build_model(config, len(vocabulary or ()))
     n_parameters = sum(math.prod(shape) for _, _, _, shape in model.canonical())
-    config = _settle_stage(config, run, world, batch, n_parameters)
+    config = _settle_stage(config, folder, world, batch, n_parameters)
     ds_config = build.deepspeed_config(config, batch, n_parameters=n_parameters, cuda=world.device.type == "cuda")
     backends.configure(config.kernels.by_op())
     engine, optimizer, shards = build.build_engine(config, model, world, ds_config)
@@ -65,7 +72,6 @@ def prepare(config: Config, run_path: Path, world: World) -> Job:
     on_main(world, lambda: _settle(run, config, ds_config, summary, resuming))
 
     state = LoopState(plan.cursor())
-    folder, complaints = checkpoint.newest_for_all(run.checkpoints, world.rank)
     if folder is not None:
         state = LoopState.from_json(checkpoint.load(folder, shards))
     elif start is not None:
@@ -81,11 +87,9 @@ def prepare(config: Config, run_path: Path, world: World) -> Job:
         world=world.size,
         micro=batch.micro,
         accumulation=batch.accumulation,
-        caption_dropout=config.diffusion.caption_dropout,
-        flip=config.data.flip,
-        crop=config.data.crop,
         workers=config.data.workers,
         cursor=state.cursor,
+        **draws,
         **inputs.settings(),
     )
     device_name = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
@@ -110,18 +114,21 @@ def prepare(config: Config, run_path: Path, world: World) -> Job:
     return job
 
 
-def _settle_stage(config: Config, run: RunFolder, world: World, batch: BatchPlan, n_parameters: int) -> Config:
+def _settle_stage(config: Config, saved: Path | None, world: World, batch: BatchPlan, n_parameters: int) -> Config:
     """The configuration with ``zero_stage: auto`` decided: the newest checkpoint's stage, else the smallest that fits."""
 
     def decide() -> fitting.Stage:
         asked, free = config.deepspeed.zero_stage, _free_memory(world)
         sizes = {"world": world.size, "micro": batch.micro, "n_parameters": n_parameters}
-        saved = checkpoint.steps_in(run.checkpoints)
         stage: fitting.Stage
         if asked != "auto":
             stage = asked
-        elif saved:
-            stage = checkpoint.read_manifest(saved[-1])["zero_stage"]
+        elif saved is not None:
+            offload = config.deepspeed
+            least: fitting.Stage = (
+                3 if offload.offload_param == "cpu" else 1 if offload.offload_optimizer == "cpu" else 0
+            )
+            stage = max(least, checkpoint.read_manifest(saved)["zero_stage"])
         else:
             stage = fitting.choose_stage(config, free=free, **sizes)
         fitting.check_offload(config, stage, free=free, **sizes)
@@ -140,9 +147,9 @@ def _free_memory(world: World) -> fitting.Free:
     return fitting.Free(host)
 
 
-def _find_start(run: RunFolder, config: Config, vocabulary: Vocabulary | None) -> str | None:
+def _find_start(config: Config, vocabulary: Vocabulary | None, saved: Path | None) -> str | None:
     """Where a run without a checkpoint takes its first weights from, opened once to be refused now if it must be."""
-    if config.train.init_from is None or checkpoint.steps_in(run.checkpoints):
+    if config.train.init_from is None or saved is not None:
         return None
     found = initial.find_initial(config.train.init_from)
     initial.initial_values(found, config.train.init_weights, config, vocabulary).close()

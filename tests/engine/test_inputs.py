@@ -121,3 +121,27 @@ def test_what_does_not_fit_is_refused_before_the_first_step(
         assert not (run / "config.yaml").exists()
     with pytest.raises((EncoderError, ConfigError), match="path"):
         prepare(config_of(shapes, folders, "clip", paths=False), tmp_path / "without", world)
+
+
+def test_a_caption_too_long_for_the_encoder_is_a_bad_sample(
+    shapes: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Encoded on the way: the run goes on, the sample has weight 0 and is listed."""
+    import shutil
+
+    from PIL import Image
+
+    data = tmp_path / "pictures"
+    data.mkdir()
+    for i in range(60):
+        Image.new("RGB", (32, 32), (4 * i, 90, 120)).save(data / f"{i:03d}.png")
+        words = "a red circle " * (40 if i == 7 else 1)
+        (data / f"{i:03d}.txt").write_text(words)
+    shutil.copytree(data, tmp_path / "train")
+    shutil.copytree(data, tmp_path / "validation")
+    config = config_of(tmp_path, folders, "clip")
+    config = config.model_copy(update={"train": config.train.model_copy(update={"steps": 8})})
+    assert train_ranks(2, config, tmp_path / "run") == [0, 0]  # 64 samples: every one is met
+    listed = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    assert {entry["key"] for entry in listed} <= {"007"} and all(e["reason"] == "text_too_long" for e in listed)
+    assert len(listed) >= 1

@@ -12,6 +12,20 @@ from pathlib import Path
 
 import pytest
 
+# In this process Triton's kernels are interpreted on the CPU, which is decided before triton is imported. Triton's own
+# switch carries it on; the variable is not left to the processes that tests start.
+_interpret = os.environ.get("TRITON_INTERPRET")
+if _interpret is None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton
+
+    from longskip.kernels import jit
+
+    triton.knobs.propagate_env = False
+    triton.knobs.runtime.interpret = True
+    assert jit.INTERPRETED
+    del os.environ["TRITON_INTERPRET"]
+
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:

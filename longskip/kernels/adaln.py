@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longskip.kernels.arguments import check_epsilon, check_float, check_like, cpu_half, refuse, wide
-from longskip.kernels.backends import register, register_formula, resolve
+from longskip.kernels.backends import register, register_formula, register_triton, serve
 
 
 @register("adaln", "reference")
@@ -76,7 +76,7 @@ def adaln(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6) -> Tens
     _check_tokens("adaln", x)
     _check_vectors("adaln", x, shift=shift, scale=scale)
     check_epsilon("adaln", eps)
-    return resolve("adaln", x.device)(x, shift, scale, eps=eps)
+    return serve("adaln", x, x, shift, scale, eps=eps)
 
 
 def gated_adaln(
@@ -91,7 +91,7 @@ def gated_adaln(
     check_like("gated_adaln", "y", y, "x", x, x.shape, "x's shape (B, T, h)")
     _check_vectors("gated_adaln", x, gate=gate, shift=shift, scale=scale)
     check_epsilon("gated_adaln", eps)
-    return resolve("gated_adaln", x.device)(x, y, gate, shift, scale, eps=eps)
+    return serve("gated_adaln", x, x, y, gate, shift, scale, eps=eps)
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     _check_tokens("gated_residual", x)
     check_like("gated_residual", "y", y, "x", x, x.shape, "x's shape (B, T, h)")
     _check_vectors("gated_residual", x, gate=gate)
-    return resolve("gated_residual", x.device)(x, y, gate)
+    return serve("gated_residual", x, x, y, gate)
 
 
 def _check_tokens(op: str, x: Tensor) -> None:
@@ -137,3 +137,4 @@ def _token_shapes(x: Tensor) -> dict[str, int]:
 register_formula("adaln", _adaln_shapes)
 register_formula("gated_adaln", _gated_adaln_shapes)
 register_formula("gated_residual", _gated_residual_shapes)
+register_triton("adaln")

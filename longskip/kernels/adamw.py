@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw  # torch.optim deletes the attribute of that name
 
 from longskip.kernels.arguments import check_device, check_shape, refuse
-from longskip.kernels.backends import register, register_formula, resolve
+from longskip.kernels.backends import register, register_formula, register_triton, serve
 
 Tensors = Sequence[Tensor]
 
@@ -216,7 +216,9 @@ def adamw(
         refuse(op, "grad_scale", grad_scale, "a finite number >= 0", "skip the step of a non-finite gradient norm")
     if not params:
         return
-    resolve(op, params[0].device)(
+    serve(
+        op,
+        params[0],
         params,
         grads,
         exp_avgs,
@@ -266,3 +268,4 @@ def _shapes(
 
 
 register_formula("adamw", _shapes)
+register_triton("adamw")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longskip.kernels.arguments import check_device, check_float, check_like, check_shape, refuse, wide
-from longskip.kernels.backends import register, register_formula, resolve
+from longskip.kernels.backends import register, register_formula, register_triton, serve
 
 
 def _unpack(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,7 +122,7 @@ def attention(
             refuse(op, "key_mask", came, "a bool tensor, True = attend", "compare it: key_mask = lengths > position")
         check_shape(op, "key_mask", key_mask, (batch, keys), "(B, Tk)")
         check_device(op, "key_mask", key_mask, "q", q)
-    return resolve(op, q.device)(q, k, v, key_mask=key_mask, scale=scale)
+    return serve(op, q, q, k, v, key_mask=key_mask, scale=scale)
 
 
 def _shapes(
@@ -146,3 +146,4 @@ def _shapes(
 
 
 register_formula("attention", _shapes)
+register_triton("attention")

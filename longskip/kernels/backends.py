@@ -1,10 +1,10 @@
 """Which implementation serves an op: registration, configuration, resolution.
 
-A backend is a function with the op's signature, registered under (op, backend name) by the op's file. The public
-function asks ``resolve(op, device)`` in plain Python, outside any op, and calls what comes back: nothing of the choice
-is seen by autograd, ``vmap`` or a compiled graph. Settings are ``auto``, ``reference``, ``torch``, ``triton`` or
-``require:NAME`` (any registered name), given for ``all`` ops, for one of the eight families (a file of this room) or
-for one function. A setting that cannot be served raises BackendError: nothing falls back silently.
+A backend is a function with the op's signature, registered under (op, backend name) by the op's file, or by the file of
+its Triton half beside it. The public function calls ``serve``, which resolves the backend in plain Python, outside any op:
+nothing of the choice is seen by autograd, ``vmap`` or a compiled graph. Settings are ``auto``, ``reference``, ``torch``,
+``triton`` or ``require:NAME`` (any registered name), given for ``all`` ops, for one of the eight families (a file of this
+room) or for one function. A setting that cannot be served raises BackendError: nothing falls back silently.
 
 The state is the process's, not the thread's. A context manager around a forward does not reach a recomputation that
 activation checkpointing runs later, in the backward: put both inside.
@@ -15,14 +15,18 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import torch
+from torch import Tensor
 
 from longskip.errors import BackendError
+from longskip.kernels import jit, tables
 from longskip.kernels.formulas import FORMULAS, OpCost
 
 logger = logging.getLogger(__name__)
@@ -42,41 +46,69 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 _FAMILY_OF = {op: family for family, ops in FAMILIES.items() for op in ops}
 _NAMES = ("auto", "reference", "torch", "triton")
 
-# What `auto` tries, best first, per device type; "torch" serves everywhere until another backend was measured faster.
-_AUTO_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("torch",)}
-_AUTO_DEFAULT = ("torch",)
+# What `auto` takes before anything was measured on a device.
+_AUTO_DEFAULT = "torch"
+
+Sizes = Mapping[str, int]
 
 
 @dataclass(frozen=True)
 class _Backend:
     function: Callable[..., Any]
-    unusable: Callable[[torch.device], str | None] | None
+    unusable: Callable[[torch.device], str | None] | None = None
+    unfit: Callable[[torch.dtype, Sizes], str | None] | None = None
 
-    def why_not(self, device: torch.device) -> str | None:
-        return self.unusable(device) if self.unusable is not None else None
+    def why_not(self, device: torch.device, dtype: torch.dtype | None, sizes: Sizes) -> str | None:
+        reason = self.unusable(device) if self.unusable is not None else None
+        if reason is None and self.unfit is not None and dtype is not None:
+            reason = self.unfit(dtype, sizes)
+        return reason
 
 
 _REGISTRY: dict[str, dict[str, _Backend]] = {op: {} for op in _FAMILY_OF}
 _SHAPES: dict[str, Callable[..., dict[str, int]]] = {}
 _SETTINGS: dict[str, str] = dict.fromkeys(_FAMILY_OF, "auto")
-_RESOLVED: dict[tuple[str, str], Callable[..., Any]] = {}
+_RESOLVED: dict[tuple[Any, ...], Callable[..., Any]] = {}
+_SERVED: dict[str, dict[str, str]] = {}  # op -> {backend: reason}, of the calls since the settings were made
 
 
 def register(
-    op: str, backend: str, *, unusable: Callable[[torch.device], str | None] | None = None
+    op: str,
+    backend: str,
+    *,
+    unusable: Callable[[torch.device], str | None] | None = None,
+    unfit: Callable[[torch.dtype, Sizes], str | None] | None = None,
 ) -> Callable[[Function], Function]:
     """Decorator: the function serves ``op`` as ``backend``.
 
-    ``unusable(device)`` returns the reason why the backend cannot run there, or None when it can.
+    ``unusable(device)`` returns the reason why the backend cannot run there, ``unfit(dtype, sizes)`` why it cannot serve a
+    call of these sizes (those the public function names); None when it can.
     """
     _known_op(op)
 
     def keep(function: Function) -> Function:
-        _REGISTRY[op][backend] = _Backend(function, unusable)
+        _REGISTRY[op][backend] = _Backend(function, unusable, unfit)
         _RESOLVED.clear()
         return function
 
     return keep
+
+
+def register_triton(family: str) -> None:
+    """The last line of an op's file: its Triton half registers itself where Triton runs; elsewhere the reason is kept."""
+    if jit.loads() and importlib.util.find_spec(f"longskip.kernels.{family}_triton"):
+        importlib.import_module(f"longskip.kernels.{family}_triton")
+        return
+    for op in FAMILIES[family]:
+        register(op, "triton", unusable=_not_loaded)(_absent)
+
+
+def _not_loaded(device: torch.device) -> str:
+    return jit.unusable(device) or "its kernels were not loaded when longskip was imported, for want of a GPU"
+
+
+def _absent(*args: Any, **kwargs: Any) -> Any:
+    raise BackendError("the Triton kernels were not loaded")
 
 
 def register_formula(op: str, shapes: Callable[..., dict[str, int]]) -> None:
@@ -98,20 +130,36 @@ def op_cost(op: str, *args: Any, direction: Literal["forward", "backward"] = "fo
     return count(**_SHAPES[op](*args, **kwargs))
 
 
-def resolve(op: str, device: torch.device) -> Callable[..., Any]:
-    """The function that serves ``op`` on ``device`` under the present settings.
+def resolve(
+    op: str, device: torch.device, dtype: torch.dtype | None = None, sizes: Sizes = MappingProxyType({})
+) -> Callable[..., Any]:
+    """The function that serves a call of ``op`` on ``device`` under the present settings.
 
-    Raises BackendError when the setting names a backend that is not registered or not usable there.
+    ``sizes`` are the call's integers by name, as the op's formula names them. Raises BackendError when the setting names a
+    backend that is not registered, not usable there or not made for such a call.
     """
     if torch.compiler.is_compiling():
         # Traced: the graph's guards then hang on the settings, and not on what earlier calls left in the cache.
-        return _REGISTRY[op][_choose(op, device)[0]].function
-    function = _RESOLVED.get((op, device.type))
+        return _REGISTRY[op][_choose(op, device, dtype, sizes)[0]].function
+    key = (op, device.type, device.index, dtype, *sizes.values())
+    function = _RESOLVED.get(key)
     if function is None:
-        name, reason = _choose(op, device)
-        function = _RESOLVED[(op, device.type)] = _REGISTRY[op][name].function
-        logger.debug("%s on %s: %s (%s)", op, device.type, name, reason)
+        name, reason = _choose(op, device, dtype, sizes)
+        function = _RESOLVED[key] = _REGISTRY[op][name].function
+        if name not in _SERVED.setdefault(op, {}):
+            _SERVED[op][name] = reason
+            logger.debug("%s on %s: %s (%s)", op, device.type, name, reason)
     return function
+
+
+def serve(op: str, like: Tensor, /, *args: Any, **kwargs: Any) -> Any:
+    """Call the function that serves ``op`` for these arguments, on the device and in the dtype of ``like``."""
+    return resolve(op, like.device, like.dtype, _SHAPES[op](*args, **kwargs))(*args, **kwargs)
+
+
+def served() -> dict[str, dict[str, str]]:
+    """``{op: {backend: reason}}`` of the calls so far under the present settings: what really ran, and why."""
+    return {op: dict(names) for op, names in _SERVED.items()}
 
 
 def configure(settings: Mapping[str, str]) -> None:
@@ -158,17 +206,26 @@ def choices(device: torch.device | str | None = None) -> dict[str, tuple[str, st
 def available(op: str, device: torch.device) -> dict[str, str | None]:
     """``{backend: None, or why it cannot run on the device}`` for one op."""
     _load(op)
-    return {name: backend.why_not(device) for name, backend in _REGISTRY[op].items()}
+    return _state(op, device, None, {})
 
 
-def _choose(op: str, device: torch.device) -> tuple[str, str]:
-    _known_op(op)
+def _state(op: str, device: torch.device, dtype: torch.dtype | None, sizes: Sizes) -> dict[str, str | None]:
+    return {name: backend.why_not(device, dtype, sizes) for name, backend in _REGISTRY[op].items()}
+
+
+def _choose(
+    op: str, device: torch.device, dtype: torch.dtype | None = None, sizes: Sizes = MappingProxyType({})
+) -> tuple[str, str]:
+    _load(op)
     setting = _SETTINGS[op]
-    state = available(op, device)
+    state = _state(op, device, dtype, sizes)
     if setting == "auto":
-        for name in _AUTO_ORDER.get(device.type, _AUTO_DEFAULT):
-            if name in state and state[name] is None:
-                return name, f"auto: the default on {device.type}"
+        if device.type == "cuda" and dtype is not None:
+            measured = tables.best_backend(device, op, tables.bucket(dtype, sizes))
+            if measured is not None and state.get(measured[0], "") is None:
+                return measured
+        if state.get(_AUTO_DEFAULT, "") is None:
+            return _AUTO_DEFAULT, f"auto: the default on {device.type}, nothing measured there"
         raise BackendError(f"op {op!r} has no backend for {device.type}; {_listing(state)}")
     name = setting.removeprefix("require:")
     why_not = state.get(name, "it is not registered")
@@ -243,3 +300,4 @@ def _nearest(name: str, known: Iterable[str]) -> str | None:
 def _replace(settings: Mapping[str, str]) -> None:
     _SETTINGS.update(settings)
     _RESOLVED.clear()
+    _SERVED.clear()

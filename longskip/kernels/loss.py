@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longskip.kernels.arguments import check_choice, check_device, check_float, check_rows, refuse, wide
-from longskip.kernels.backends import register, register_formula, resolve
+from longskip.kernels.backends import register, register_formula, register_triton, serve
 
 PREDICTION_KINDS = ("v", "x")
 
@@ -95,8 +95,8 @@ def diffusion_loss(
     check_choice(op, "prediction_kind", prediction_kind, PREDICTION_KINDS)
     if not 0.0 < time_floor <= 1.0:
         refuse(op, "time_floor", time_floor, "0 < time_floor <= 1")
-    return resolve(op, prediction.device)(
-        prediction, clean, noise, time, weight, prediction_kind=prediction_kind, time_floor=time_floor
+    return serve(
+        op, prediction, prediction, clean, noise, time, weight, prediction_kind=prediction_kind, time_floor=time_floor
     )
 
 
@@ -119,3 +119,4 @@ def _shapes(
 
 
 register_formula("diffusion_loss", _shapes)
+register_triton("loss")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longskip.kernels.arguments import check_choice, check_like, check_rows, wide
-from longskip.kernels.backends import register, register_formula, resolve
+from longskip.kernels.backends import register, register_formula, register_triton, serve
 
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}
 
@@ -63,7 +63,7 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
     if b2 is not None:
         check_like(op, "b2", b2, "x", x, (w2.shape[0],), "(h_out,)")
     check_choice(op, "activation", activation, tuple(ACTIVATIONS))
-    return resolve(op, x.device)(x, w1, b1, w2, b2, activation=activation)
+    return serve(op, x, x, w1, b1, w2, b2, activation=activation)
 
 
 @register("swiglu", "reference")
@@ -90,7 +90,7 @@ def swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
     check_like(op, "w_gate", w_gate, "x", x, (None, width), "(hidden, h)")
     check_like(op, "w_up", w_up, "x", x, w_gate.shape, "(hidden, h)")
     check_like(op, "w_down", w_down, "x", x, (None, w_gate.shape[0]), "(h_out, hidden)")
-    return resolve(op, x.device)(x, w_gate, w_up, w_down)
+    return serve(op, x, x, w_gate, w_up, w_down)
 
 
 def _mlp_shapes(
@@ -120,3 +120,4 @@ def _swiglu_shapes(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> d
 
 register_formula("mlp", _mlp_shapes)
 register_formula("swiglu", _swiglu_shapes)
+register_triton("mlp")

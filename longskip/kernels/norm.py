@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longskip.kernels.arguments import check_affine, check_epsilon, check_like, check_rows, cpu_half, wide
-from longskip.kernels.backends import register, register_formula, resolve
+from longskip.kernels.backends import register, register_formula, register_triton, serve
 
 Normed = Tensor | tuple[Tensor, Tensor]
 
@@ -88,7 +88,7 @@ def layer_norm(
     if residual is not None:
         check_like(op, "residual", residual, "x", x, x.shape, "x's shape")
     check_epsilon(op, eps)
-    return resolve(op, x.device)(x, weight, bias, eps=eps, residual=residual)
+    return serve(op, x, x, weight, bias, eps=eps, residual=residual)
 
 
 @register("rms_norm", "reference")
@@ -128,7 +128,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6, resi
     if residual is not None:
         check_like(op, "residual", residual, "x", x, x.shape, "x's shape")
     check_epsilon(op, eps)
-    return resolve(op, x.device)(x, weight, eps=eps, residual=residual)
+    return serve(op, x, x, weight, eps=eps, residual=residual)
 
 
 def _layer_shapes(
@@ -156,3 +156,4 @@ def _rms_shapes(
 
 register_formula("layer_norm", _layer_shapes)
 register_formula("rms_norm", _rms_shapes)
+register_triton("norm")

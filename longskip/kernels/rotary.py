@@ -25,7 +25,7 @@ from longskip.kernels.arguments import (
     refuse,
     wide,
 )
-from longskip.kernels.backends import register, register_formula, resolve
+from longskip.kernels.backends import register, register_formula, register_triton, serve
 
 
 def _normed(x: Tensor, weight: Tensor | None, norm: str | None, eps: float) -> Tensor:
@@ -135,7 +135,7 @@ def qk_norm_rotary(
             check_float(op, name, table, (tokens, head_dim // 2), "(T, Dh/2)")
             check_device(op, name, table, "q", q)
     check_epsilon(op, eps)
-    return resolve(op, q.device)(q, k, q_weight=q_weight, k_weight=k_weight, norm=norm, cos=cos, sin=sin, eps=eps)
+    return serve(op, q, q, k, q_weight=q_weight, k_weight=k_weight, norm=norm, cos=cos, sin=sin, eps=eps)
 
 
 def _shapes(
@@ -164,3 +164,4 @@ def _shapes(
 
 
 register_formula("qk_norm_rotary", _shapes)
+register_triton("rotary")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longskip.kernels.arguments import check_like, check_rows
-from longskip.kernels.backends import register, register_formula, resolve
+from longskip.kernels.backends import register, register_formula, register_triton, serve
 
 
 @register("skip_linear", "reference")
@@ -43,7 +43,7 @@ def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None = N
     check_like(op, "weight", weight, "x", x, (None, 2 * width), "(h_out, 2h)")
     if bias is not None:
         check_like(op, "bias", bias, "x", x, (weight.shape[0],), "(h_out,)")
-    return resolve(op, x.device)(x, skip, weight, bias)
+    return serve(op, x, x, skip, weight, bias)
 
 
 def _shapes(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None = None) -> dict[str, int]:
@@ -57,3 +57,4 @@ def _shapes(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None = None)
 
 
 register_formula("skip_linear", _shapes)
+register_triton("skip_linear")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from longskip import kernels
+from longskip.kernels import backends
 
 FLOAT64 = torch.float64
 
@@ -142,7 +143,7 @@ CASES: list[Case] = [
         wide=("q_weight", "k_weight"),
     ),
     Case("diffusion_loss", "v", *_flow(5, 3, 7, 7)),
-    Case("diffusion_loss", "x", *_flow(5, 3, 5, 11), {"prediction_kind": "x"}),
+    Case("diffusion_loss", "x", *_flow(7, 3, 17, 47), {"prediction_kind": "x"}),
     Case("diffusion_loss", "one", *_flow(1, 1), {"prediction_kind": "x", "time_floor": 0.3}),
 ]
 
@@ -154,6 +155,29 @@ MANY_ROWS = [
 ]
 
 SMALL = [case for case in CASES if case.label not in ("334-tokens",)]
+
+
+BACKENDS = ("torch", "reference", "triton")
+
+
+def fits(case: Case, backend: str, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the backend serves the case in the dtype (Triton's kernels here in its interpreter)."""
+    values = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in case.inputs.items()}
+    sizes = backends._SHAPES[case.op](**values, **case.fixed, **case.keywords)
+    return backends._state(case.op, torch.device("cpu"), dtype, sizes).get(backend, "not registered") is None
+
+
+def served(cases: Iterable[Case], *dtypes: torch.dtype) -> list[Any]:
+    """Parameters ``case, backend`` (and ``dtype`` where dtypes are given) for every backend that serves them."""
+    chosen = []
+    for case in cases:
+        for backend in BACKENDS:
+            for dtype in dtypes or (torch.float32,):
+                if fits(case, backend, dtype):
+                    values = (case, backend, dtype) if dtypes else (case, backend)
+                    name = f"{case.id}-{backend}" + (f"-{str(dtype).removeprefix('torch.')}" if dtypes else "")
+                    chosen.append(pytest.param(*values, id=name))
+    return chosen
 
 
 def run(

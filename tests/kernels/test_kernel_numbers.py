@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from longskip import kernels
-from tests.kernels.kernel_checks import CASES, FLOAT64, MANY_ROWS, PUBLIC, SMALL, Case, eager_runs, judge, run
+from tests.kernels.kernel_checks import CASES, FLOAT64, MANY_ROWS, PUBLIC, SMALL, Case, eager_runs, judge, run, served
+
+HALF_TOO = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def exact(case: Case, values: dict[str, Tensor], cotangents: list[Tensor] | None = None) -> dict[str, Tensor]:
     return run(case, {name: value.to(FLOAT64) for name, value in values.items()}, "reference", cotangents)[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+@pytest.mark.parametrize(("case", "backend", "dtype"), served(CASES, *HALF_TOO))
 def test_outputs_and_gradients(case: Case, backend: str, dtype: torch.dtype) -> None:
     values = case.cast(case.values(), dtype)
     ours, cotangents = run(case, values, backend)
@@ -37,9 +37,7 @@ def test_float64_backends_agree(case: Case) -> None:
         torch.testing.assert_close(ours[name], tensor, rtol=1e-11, atol=1e-12 * max(1.0, tensor.abs().max().item()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize("case", MANY_ROWS, ids=lambda c: c.id)
+@pytest.mark.parametrize(("case", "backend", "dtype"), served(MANY_ROWS, *HALF_TOO))
 def test_sums_over_many_rows_are_kept_wide(case: Case, backend: str, dtype: torch.dtype) -> None:
     """A parameter's gradient is a sum over n rows of terms of either sign, of size |sum| / sqrt(n) each.
 
@@ -57,19 +55,26 @@ def test_sums_over_many_rows_are_kept_wide(case: Case, backend: str, dtype: torc
             assert error <= limit * reference[f"d{name}"].abs().max(), name
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize("op", ["adaln", "gated_adaln", "layer_norm"])
-def test_saved_statistics_are_float32(op: str, backend: str, dtype: torch.dtype) -> None:
+def _width_2(op: str, *vectors: str) -> Case:
+    shapes: dict[str, tuple[int, ...]] = {"x": (1, 33, 2)} | ({"y": (1, 33, 2)} if op == "gated_adaln" else {})
+    return Case(op, "width-2", {**shapes, **dict.fromkeys(vectors, (1, 2))}, {}, {"eps": 1e-2})
+
+
+WIDTH_2 = [
+    _width_2("adaln", "shift", "scale"),
+    _width_2("gated_adaln", "gate", "shift", "scale"),
+    _width_2("layer_norm"),
+]
+
+
+@pytest.mark.parametrize(("case", "backend", "dtype"), served(WIDTH_2, torch.bfloat16, torch.float16))
+def test_saved_statistics_are_float32(case: Case, backend: str, dtype: torch.dtype) -> None:
     """Rows of width 2: x̂ is ±1 and dx is a difference of nearly equal numbers, lost if rstd was kept in half.
 
     dx is then eps rstd³ times the gradients' difference, so an rstd that is off by u moves dx by u rstd |g|, which is
     larger by var / eps. In float32 the result is right to the dtype's rounding, here within 4 of its steps.
     """
-    shapes: dict[str, tuple[int, ...]] = {"x": (1, 33, 2)}
-    vectors = {"adaln": ("shift", "scale"), "gated_adaln": ("gate", "shift", "scale"), "layer_norm": ()}[op]
-    shapes |= {"y": (1, 33, 2)} if op == "gated_adaln" else {}
-    case = Case(op, "width-2", {**shapes, **dict.fromkeys(vectors, (1, 2))}, {}, {"eps": 1e-2})
+    op = case.op
     values = case.cast(case.values(), dtype)
     if op == "gated_adaln":
         values["y"].zero_()  # the sum is x to the bit, whatever rounds
@@ -98,8 +103,7 @@ def layout(value: Tensor, kind: str) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["strided", "transposed", "offset", "expanded"])
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize("case", SMALL, ids=lambda c: c.id)
+@pytest.mark.parametrize(("case", "backend"), served(SMALL))
 def test_layouts(case: Case, backend: str, kind: str) -> None:
     laid = {name: layout(value, kind) for name, value in case.cast(case.values(), torch.float32).items()}
     plain = {name: value.clone(memory_format=torch.contiguous_format) for name, value in laid.items()}
@@ -110,8 +114,7 @@ def test_layouts(case: Case, backend: str, kind: str) -> None:
         judge(f"{case.id} {name} {kind}", ours[name], [eager[name] for eager in eagers], tensor)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize("case", SMALL, ids=lambda c: c.id)
+@pytest.mark.parametrize(("case", "backend"), served(SMALL))
 def test_inputs_are_left_alone_and_calls_repeat(case: Case, backend: str) -> None:
     values = case.cast(case.values(), torch.float32)
     before = {name: value.clone() for name, value in values.items()}
@@ -139,8 +142,7 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize("case", SMALL, ids=lambda c: c.id)
+@pytest.mark.parametrize(("case", "backend"), served(SMALL))
 def test_row_depends_on_its_row_only_and_nan_propagates(case: Case, backend: str) -> None:
     name, axes = ROWS[case.op]
     values = case.cast(case.values(), torch.float32)
@@ -163,10 +165,13 @@ def test_row_depends_on_its_row_only_and_nan_propagates(case: Case, backend: str
         assert touched > 0, "the NaN was lost"
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize("op", ["layer_norm", "adaln", "mlp", "skip_linear", "swiglu", "rms_norm"])
-def test_nan_fills_exactly_its_row(op: str, backend: str) -> None:
-    case = next(c for c in CASES if c.op == op)
+ROWWISE = [
+    next(c for c in CASES if c.op == op) for op in ("layer_norm", "adaln", "mlp", "skip_linear", "swiglu", "rms_norm")
+]
+
+
+@pytest.mark.parametrize(("case", "backend"), served(ROWWISE))
+def test_nan_fills_exactly_its_row(case: Case, backend: str) -> None:
     values = case.cast(case.values(), torch.float32)
     values["x"][1, 2, 3] = float("nan")
     with kernels.use(backend):
@@ -211,8 +216,7 @@ EMPTY = [
 ]
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize("case", EMPTY, ids=lambda c: c.id)
+@pytest.mark.parametrize(("case", "backend"), served(EMPTY))
 def test_nothing_in_nothing_out(case: Case, backend: str) -> None:
     values = case.cast(case.values(), torch.float32)
     named, _ = run(case, values, backend)

@@ -70,7 +70,7 @@ def unusable(device: torch.device) -> str | None:
             return "TRITON_INTERPRET is set, which runs on the CPU"
         return None
     if device.type == "meta":
-        return None if loads() else "it needs a CUDA device, or TRITON_INTERPRET=1"
+        return None if capturing() or loads() else "it needs a CUDA device, or TRITON_INTERPRET=1"
     if device.type == "cpu":
         return None if INTERPRETED else "it needs a CUDA device, or TRITON_INTERPRET=1 to be interpreted on the CPU"
     return f"it needs a CUDA device, not {device.type}"
@@ -119,6 +119,10 @@ def captured(target: Target) -> Iterator[list[Launch]]:
         yield _captured
     finally:
         _captured, _captured_target = before
+
+
+def capturing() -> bool:
+    return _captured is not None
 
 
 def target_of(device: torch.device) -> Target:

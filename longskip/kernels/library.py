@@ -17,12 +17,39 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from longskip.errors import BackendError
+from longskip.kernels import jit
 
 NAMESPACE = "longskip"
 _CURE = 'run it inside longskip.kernels.use("reference"), whose ops are plain torch'
 
 # ``flops(*the op's arguments) -> int``: contraction FLOPs of one call, 2 per multiply-add.
 FLOPS: dict[str, Callable[..., int]] = {}
+
+
+class Op:
+    """One custom op. Called inside ``jit.captured`` it runs its host function at once, through the same autograd rule."""
+
+    def __init__(self, name: str, op: Any, run: Callable[..., Any]) -> None:
+        self.name = name
+        self._op = op
+        self._run = run
+        self._captured: Callable[..., Any] = run
+
+    def __call__(self, *args: Any) -> Any:
+        return self._captured(*args) if jit.capturing() else self._op(*args)
+
+    def differentiate(self, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
+        self._op.register_autograd(backward, setup_context=setup)
+        rule = {
+            "forward": staticmethod(self._run),
+            "setup_context": staticmethod(setup),
+            "backward": staticmethod(backward),
+        }
+        function: Any = type(self.name, (torch.autograd.Function,), rule)
+        self._captured = function.apply
+
+    def refuse_derivatives(self) -> None:
+        self._op.register_autograd(_refused(self.name, "a second derivative"))
 
 
 def custom(
@@ -32,7 +59,7 @@ def custom(
     *,
     flops: Callable[..., int] | None = None,
     mutates: Iterable[str] = (),
-) -> Any:
+) -> Op:
     """The custom op ``longskip::name``: ``run`` on a device, ``fake`` on the meta device and under compile.
 
     ``run``'s annotations give the schema. ``flops`` takes the op's arguments and returns its contraction FLOPs (None:
@@ -48,13 +75,13 @@ def custom(
 
     register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), name), get_raw=True)(of_call)
     FLOPS[f"{NAMESPACE}::{name}"] = count
-    return op
+    return Op(name, op, run)
 
 
-def differentiable(op: Any, backward_op: Any, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
+def differentiable(op: Op, backward_op: Op, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
     """Join the two directions: ``backward(ctx, *gradients)`` calls ``backward_op``; ``setup(ctx, inputs, output)``."""
-    op.register_autograd(backward, setup_context=setup)
-    backward_op.register_autograd(_refused(backward_op._name, "a second derivative"))
+    op.differentiate(backward, setup)
+    backward_op.refuse_derivatives()
 
 
 def plain(op: str, *tensors: Tensor | None) -> None:
@@ -81,5 +108,4 @@ def _refused(name: str, what: str) -> Callable[..., Any]:
 
 
 def _refuse(name: str, what: str) -> NoReturn:
-    name = name.removeprefix(f"{NAMESPACE}::")
     raise BackendError(f"{name} is served by a fused kernel, which has no rule for {what}", cure=_CURE)

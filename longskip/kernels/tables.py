@@ -13,11 +13,12 @@ are, the others (tokens, rows, batch) rounded up to a power of two.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from longskip.errors import BackendError
 from longskip.kernels.jit import next_power_of_2, target_of
 
 PACKAGE_FOLDER = Path(__file__).parent / "tuned"
+_FORCED: dict[str, Mapping[str, Any]] = {}
 _ROUNDED = frozenset({"batch", "tokens", "rows", "queries", "keys", "q_rows", "k_rows", "values", "tensors"})
 
 
@@ -52,7 +54,21 @@ def best_backend(device: torch.device, op: str, where: str) -> tuple[str, str] |
 
 def best_configuration(device: torch.device, kernel: str, where: str) -> dict[str, Any] | None:
     """The constants measured best for a kernel in bucket ``where``; None where nothing was measured."""
+    if kernel in _FORCED:
+        return dict(_FORCED[kernel])
     return of_device(target_of(device).name).get("configurations", {}).get(kernel, {}).get(where)
+
+
+@contextlib.contextmanager
+def forced(configurations: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+    """Inside, these kernels take these constants: for tuning, and for tests of every choice."""
+    before = dict(_FORCED)
+    _FORCED.update(configurations)
+    try:
+        yield
+    finally:
+        _FORCED.clear()
+        _FORCED.update(before)
 
 
 @functools.cache

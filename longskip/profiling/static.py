@@ -1,0 +1,373 @@
+"""What the compiler makes of every kernel, on a machine without a GPU: registers, spills, shared memory, instructions.
+
+Every public op is called on meta tensors inside ``kernels.jit.captured``, which collects the launches with the arguments
+and constants that a device would get; Triton's own binder then specialises them as the just-in-time compiler would, and
+Triton and ptxas compile them for sm_80, sm_90 and sm_100. Needs a process in which kernels are not interpreted.
+
+    python -m longskip.profiling.static --covering            a covering set
+    python -m longskip.profiling.static --all --out FILE.json every configuration
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import collections
+import hashlib
+import importlib
+import inspect
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longskip import kernels
+from longskip.errors import BackendError
+from longskip.kernels import backends, jit, tables
+from longskip.profiling.kernel_cases import CASES, KernelCase
+
+SPILL_LIMIT = 0  # bytes of stack per thread
+# Families whose kernels multiply matrices: each must reach the tensor cores by the target's own instructions.
+MATRIX_FAMILIES = ("attention", "mlp", "skip_linear")
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel compiled for one target. ``spill_bytes`` is the stack per thread; instructions are counted in SASS."""
+
+    kernel: str
+    source: str  # hash of the kernel's source and of what it calls
+    target: int
+    constants: Mapping[str, Any]
+    signature: str
+    aligned: bool
+    case: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    tensor_cores: int  # PTX instructions of the target's own matrix kind
+    instructions: Mapping[str, int]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """A launch to compile, and where it came from."""
+
+    launch: jit.Launch
+    target: int
+    case: str
+    aligned: bool = True
+
+
+def source_hash(kernel: Any) -> str:
+    """SHA-256 (16 digits) of a kernel's source and of all jitted functions that it calls, whatever lines they stand on."""
+    return hashlib.sha256("\n".join(sorted(_sources(kernel.fn, set()))).encode()).hexdigest()[:16]
+
+
+def _sources(function: Callable[..., Any], seen: set[str]) -> set[str]:
+    source = textwrap.dedent(inspect.getsource(function))
+    if source in seen:
+        return seen
+    seen.add(source)
+    for node in ast.walk(ast.parse(source)):
+        called = function.__globals__.get(node.id) if isinstance(node, ast.Name) else None
+        inner = getattr(called, "fn", None)
+        if inner is not None and inner.__module__.startswith("longskip."):
+            _sources(inner, seen)
+    return seen
+
+
+def launches(case: KernelCase, target: int, dtype: torch.dtype = torch.bfloat16) -> list[jit.Launch]:
+    """What one call of the case, forward and backward, launches on ``target``."""
+    _load()
+    with jit.captured(jit.TARGETS[target]) as found, kernels.use("triton", case.op):
+        leaves, extra = case.tensors(torch.device("meta"), dtype)
+        outputs = case.call(leaves, extra)
+        torch.autograd.grad(outputs, list(leaves.values()), [torch.empty_like(o) for o in outputs], allow_unused=True)
+    return list(found)
+
+
+def adamw_launches(target: int) -> list[jit.Launch]:
+    """The optimizer's launch, with its average and its copy."""
+    _load()
+    lists = [[torch.empty(1 << 24, device="meta")] for _ in range(5)]
+    low = [torch.empty(1 << 24, device="meta", dtype=torch.bfloat16)]
+    with jit.captured(jit.TARGETS[target]) as found, kernels.use("triton", "adamw"):
+        kernels.adamw(
+            *lists[:4], lr=1e-4, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.03, step=7,
+            grad_scale=torch.empty((), device="meta"), emas=lists[4], ema_decay=0.999, copies=low,
+        )  # fmt: skip
+    return list(found)
+
+
+def jobs(cases: Sequence[KernelCase], targets: Sequence[int], *, every_configuration: bool) -> list[Job]:
+    """Distinct compilations: the default of each case per target; with ``every_configuration`` all allowed constants."""
+    found: dict[tuple[Any, ...], Job] = {}
+
+    def keep(launch: jit.Launch, target: int, case: str, aligned: bool = True) -> None:
+        key = (launch.kernel.__name__, target, _specialised(launch), repr(sorted(launch.constants.items())), aligned)
+        found.setdefault(key, Job(launch, target, case, aligned))
+
+    for target in targets:
+        seen: set[str] = set()
+        for case in (*cases, None):
+            for forced in _configurations(case) if every_configuration else [{}]:
+                with tables.forced(forced):
+                    for launch in launches(case, target) if case else adamw_launches(target):
+                        name = case.id if case else "adamw"
+                        keep(launch, target, name)
+                        if launch.kernel.__name__ not in seen and every_configuration:
+                            seen.add(launch.kernel.__name__)
+                            keep(launch, target, name, aligned=False)
+    return list(found.values())
+
+
+def _configurations(case: KernelCase | None) -> Iterator[dict[str, Any]]:
+    """The choices that tables may make for the kernels of a case's family, one kernel at a time."""
+    family = backends._FAMILY_OF[case.op if case else "adamw"]
+    yield {}
+    for module in _modules(family):
+        for kernel, choices in getattr(module, "CONFIGURATIONS", {}).items():
+            for constants in choices:
+                yield {kernel: constants}
+
+
+def _modules(family: str) -> list[Any]:
+    module = importlib.import_module(f"longskip.kernels.{family}_triton")
+    others = {inspect.getmodule(value) for value in vars(module).values() if callable(value) or hasattr(value, "fn")}
+    named = [m for m in others if m is not None and m.__name__.startswith("longskip.kernels.") and m is not module]
+    return [module, *sorted((m for m in named if m.__name__.endswith("_triton")), key=lambda m: m.__name__)]
+
+
+def _specialised(launch: jit.Launch) -> str:
+    """Arguments as the binder tells them apart: dtypes, and integers by 1, multiple of 16 or neither."""
+    parts = []
+    for value in launch.arguments:
+        if isinstance(value, torch.Tensor):
+            parts.append(f"*{value.dtype}".removeprefix("*torch."))
+        elif isinstance(value, bool) or not isinstance(value, int):
+            parts.append(type(value).__name__ if not isinstance(value, bool) else str(value))
+        else:
+            parts.append(
+                ("1" if value == 1 else "16k" if value % 16 == 0 else "int") + ("L" if abs(value) >= 1 << 31 else "")
+            )
+    return " ".join(parts)
+
+
+def compile_job(job: Job) -> Compiled:
+    """Compile one launch as the just-in-time compiler would on its target."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.compiler import compile as triton_compile
+    from triton.runtime.jit import create_function_from_signature
+
+    begin = time.perf_counter()
+    target = GPUTarget("cuda", job.target, 32)
+    backend = make_backend(target)
+    kernel, launch = job.launch.kernel, job.launch
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    keywords = {**launch.constants, "debug": False}
+    bound, specialization, options = binder(*launch.arguments, **keywords)
+    options, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
+    if not job.aligned:
+        attributes = {}
+    source = ASTSource(kernel, signature, constants, attributes)
+    binary = triton_compile(source, target=target, options=options.__dict__)
+    registers, stack = _resources(binary.asm["cubin"])
+    return Compiled(
+        kernel=kernel.__name__,
+        source=source_hash(kernel),
+        target=job.target,
+        constants=dict(launch.constants),
+        signature=_specialised(launch),
+        aligned=job.aligned,
+        case=job.case,
+        registers=registers,
+        spill_bytes=stack,
+        shared_bytes=int(binary.metadata.shared),
+        tensor_cores=len(re.findall(re.escape(TENSOR_CORES[job.target]), binary.asm["ptx"])),
+        instructions=_instructions(binary.asm["cubin"]),
+        seconds=round(time.perf_counter() - begin, 2),
+    )
+
+
+def _tool(name: str) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if not path.is_file():
+        raise BackendError(f"triton brings no {name} ({path})", cure="install triton's Linux wheel")
+    return str(path)
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, stack bytes) per thread. Spills are on the stack; LOCAL is always 0."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [_tool("cuobjdump"), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise BackendError(f"cuobjdump reports no resources: {text[-200:]}")
+    return int(found[1]), int(found[2])
+
+
+# SASS mnemonics by what they do.
+_KINDS = {
+    "matrix": ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "QGMMA", "WARPGROUP"),
+    "global load": ("LDG", "LDGSTS", "UTMALDG", "UBLKCP"),
+    "global store": ("STG", "UTMASTG", "RED", "ATOM", "ATOMG"),
+    "shared": ("LDS", "STS", "LDSM", "STSM", "LDTM", "STTM"),
+    "local": ("LDL", "STL"),
+    "special": ("MUFU",),
+    "float": ("FADD", "FMUL", "FFMA", "FADD2", "FMUL2", "FFMA2", "FMNMX", "HADD2", "HMUL2", "HFMA2", "F2FP", "FSEL"),
+    "barrier": ("BAR", "SYNCS", "DEPBAR", "WARPSYNC"),
+}
+_KIND_OF = {mnemonic: kind for kind, names in _KINDS.items() for mnemonic in names}
+
+
+def _instructions(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True).stdout
+    counts: collections.Counter[str] = collections.Counter()
+    for line in re.findall(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", text):
+        counts[_KIND_OF.get(line, "other")] += 1
+    return dict(sorted(counts.items()))
+
+
+def compile_all(
+    found: Sequence[Job], *, processes: int = 2, progress: Callable[[str], None] | None = None
+) -> list[Compiled]:
+    """Every job, in ``processes`` processes; the longest wait is one compilation."""
+    if jit.INTERPRETED:
+        raise BackendError("kernels are interpreted in this process", cure="unset TRITON_INTERPRET to compile them")
+    done: list[Compiled] = []
+    global _JOBS
+    _JOBS = list(found)
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        for compiled in pool.imap_unordered(_compile_at, range(len(_JOBS))):
+            done.append(compiled)
+            if progress is not None:
+                progress(f"{len(done)}/{len(found)} {compiled.kernel} sm_{compiled.target} {compiled.seconds:.1f} s")
+    return sorted(done, key=lambda c: (c.kernel, c.target, c.case, not c.aligned, repr(sorted(c.constants.items()))))
+
+
+_JOBS: list[Job] = []
+
+
+def _compile_at(index: int) -> Compiled:
+    return compile_job(_JOBS[index])
+
+
+def faults(compiled: Sequence[Compiled]) -> list[str]:
+    """What breaks the limits: spills, shared memory beyond the device's, matrix kernels without tensor cores."""
+    found = []
+    for c in compiled:
+        where = f"{c.kernel} on sm_{c.target} ({c.case}, {dict(c.constants)}{'' if c.aligned else ', unaligned'})"
+        if c.spill_bytes > SPILL_LIMIT and c.aligned:
+            found.append(f"{where}: {c.spill_bytes} bytes of stack, allowed {SPILL_LIMIT}")
+        limit = jit.TARGETS[c.target].shared_bytes
+        if c.shared_bytes > limit:
+            found.append(f"{where}: {c.shared_bytes} bytes of shared memory, the device has {limit}")
+    products = {(c.kernel, c.target): 0 for c in compiled if _multiplies(c)}
+    for c in compiled:
+        if (c.kernel, c.target) in products and c.aligned and not c.tensor_cores:
+            found.append(f"{c.kernel} on sm_{c.target} ({c.case}): no {TENSOR_CORES[c.target]}")
+    return found
+
+
+def _multiplies(c: Compiled) -> bool:
+    """Whether the kernel's source multiplies matrices."""
+    _load()
+    for family in MATRIX_FAMILIES:
+        for module in _modules(family):
+            kernel = getattr(module, c.kernel, None)
+            if kernel is not None:
+                return any("tl.dot" in source for source in _sources(kernel.fn, set()))
+    return False
+
+
+def covering(cases: Sequence[KernelCase] = CASES) -> list[KernelCase]:
+    """The first case of every op: all kernels, in the configuration that they take by default."""
+    first: dict[str, KernelCase] = {}
+    for case in cases:
+        first.setdefault(case.op, case)
+    return list(first.values())
+
+
+def _load() -> None:
+    for family in backends.FAMILIES:
+        importlib.import_module(f"longskip.kernels.{family}")
+        importlib.import_module(f"longskip.kernels.{family}_triton")
+
+
+def table(compiled: Sequence[Compiled]) -> str:
+    """Markdown: one line per kernel, target and configuration."""
+    lines = [
+        "| kernel | target | case | constants | registers | spills | shared | matrix | instructions |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for c in compiled:
+        constants = " ".join(f"{name}={value}" for name, value in c.constants.items())
+        lines.append(
+            f"| {c.kernel}{'' if c.aligned else ' (unaligned)'} | sm_{c.target} | {c.case} | {constants} | {c.registers} "
+            f"| {c.spill_bytes} | {c.shared_bytes:,} | {c.tensor_cores} | {sum(c.instructions.values()):,} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def report(compiled: Sequence[Compiled]) -> dict[str, Any]:
+    import triton
+
+    return {
+        "triton": triton.__version__,
+        "sources": {c.kernel: c.source for c in compiled},
+        "faults": faults(compiled),
+        "kernels": [asdict(c) for c in compiled],
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Compile the kernels for devices that need not be there.")
+    parser.add_argument("--all", action="store_true", help="every case and configuration, not a covering set")
+    parser.add_argument("--op", action="append", default=[], help="only this op; may be repeated")
+    parser.add_argument("--targets", default="80,90,100", help="compute capabilities, by commas")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="write FILE.json and FILE.md")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(arguments)
+    cases = [case for case in CASES if not options.op or case.op in options.op]
+    if not options.all:
+        cases = covering(cases)
+    targets = [int(target) for target in options.targets.split(",")]
+    found = jobs(cases, targets, every_configuration=options.all)
+    compiled = compile_all(
+        found, processes=options.processes, progress=lambda line: print(line, file=sys.stderr, flush=True)
+    )
+    result = report(compiled)
+    if options.out is not None:
+        options.out.with_suffix(".json").write_text(json.dumps(result, indent=None) + "\n")
+        options.out.with_suffix(".md").write_text(table(compiled))
+    print(json.dumps(result) if options.json else table(compiled))
+    for fault in result["faults"]:
+        print(fault, file=sys.stderr)
+    return 1 if result["faults"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

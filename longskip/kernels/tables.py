@@ -29,6 +29,8 @@ from longskip.kernels.jit import next_power_of_2, target_of
 
 PACKAGE_FOLDER = Path(__file__).parent / "tuned"
 _FORCED: dict[str, Mapping[str, Any]] = {}
+_CHOSEN: dict[str, Mapping[str, Mapping[str, Any]]] = {}
+_ASKED: list[tuple[str, str]] | None = None
 _ROUNDED = frozenset({"batch", "tokens", "rows", "queries", "keys", "q_rows", "k_rows", "values", "tensors"})
 
 
@@ -54,8 +56,12 @@ def best_backend(device: torch.device, op: str, where: str) -> tuple[str, str] |
 
 def best_configuration(device: torch.device, kernel: str, where: str) -> dict[str, Any] | None:
     """The constants measured best for a kernel in bucket ``where``; None where nothing was measured."""
+    if _ASKED is not None:
+        _ASKED.append((kernel, where))
     if kernel in _FORCED:
         return dict(_FORCED[kernel])
+    if where in _CHOSEN.get(kernel, {}):
+        return dict(_CHOSEN[kernel][where])
     return of_device(target_of(device).name).get("configurations", {}).get(kernel, {}).get(where)
 
 
@@ -69,6 +75,29 @@ def forced(configurations: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
     finally:
         _FORCED.clear()
         _FORCED.update(before)
+
+
+@contextlib.contextmanager
+def chosen(configurations: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[None]:
+    """Inside, ``{kernel: {bucket: constants}}`` goes before the tables: what a tuning run has just found."""
+    before = dict(_CHOSEN)
+    _CHOSEN.update(configurations)
+    try:
+        yield
+    finally:
+        _CHOSEN.clear()
+        _CHOSEN.update(before)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[tuple[str, str]]]:
+    """Inside, the list that is handed out takes every (kernel, bucket) that a configuration is asked for."""
+    global _ASKED
+    before, _ASKED = _ASKED, []
+    try:
+        yield _ASKED
+    finally:
+        _ASKED = before
 
 
 @functools.cache

@@ -138,13 +138,14 @@ def _configurations(case: KernelCase | None) -> Iterator[dict[str, Any]]:
     """The choices that tables may make for the kernels of a case's family, one kernel at a time."""
     family = backends._FAMILY_OF[case.op if case else "adamw"]
     yield {}
-    for module in _modules(family):
+    for module in modules_of(family):
         for kernel, choices in getattr(module, "CONFIGURATIONS", {}).items():
             for constants in choices:
                 yield {kernel: constants}
 
 
-def _modules(family: str) -> list[Any]:
+def modules_of(family: str) -> list[Any]:
+    """The files that hold a family's Triton kernels."""
     module = importlib.import_module(f"longskip.kernels.{family}_triton")
     others = {inspect.getmodule(value) for value in vars(module).values() if callable(value) or hasattr(value, "fn")}
     named = [m for m in others if m is not None and m.__name__.startswith("longskip.kernels.") and m is not module]
@@ -295,7 +296,7 @@ def _multiplies(c: Compiled) -> bool:
     """Whether the kernel's source multiplies matrices."""
     _load()
     for family in MATRIX_FAMILIES:
-        for module in _modules(family):
+        for module in modules_of(family):
             kernel = getattr(module, c.kernel, None)
             if kernel is not None:
                 return any("tl.dot" in source for source in _sources(kernel.fn, set()))

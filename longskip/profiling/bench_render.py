@@ -1,0 +1,206 @@
+"""``longskip bench render``: the kernels' measurements as pictures and a page, from the JSON that the measuring half wrote."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from longskip.errors import LongskipError
+
+Row = Mapping[str, Any]
+
+MODES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
+# Provider -> colour; ours stands out, the rest follow a colour-blind safe order (Okabe & Ito).
+_COLOURS = {"triton": "#d55e00", "auto": "#cc79a7", "torch": "#56b4e9", "compile": "#009e73", "compile-max": "#0072b2"}
+_OTHERS = ("#e69f00", "#f0e442", "#999999", "#000000", "#8c564b", "#7f7f7f")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """One result; LongskipError when the file is none."""
+    try:
+        result = json.loads(path.read_text("utf-8"))
+        rows = result["rows"]
+    except FileNotFoundError as error:
+        raise LongskipError(f"{path} does not exist", cure="longskip bench kernels --out FILE writes one") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise LongskipError(
+            f"{path} holds no measurements of kernels", cure="longskip bench kernels --out FILE"
+        ) from error
+    if not any("ms" in row for row in rows):
+        raise LongskipError(f"{path} holds no measurement that passed its check", cure="see its rows' `failed`")
+    return result  # type: ignore[no-any-return]
+
+
+def render(path: Path, out: Path | None = None) -> list[Path]:
+    """Write the pictures, ``roofline.png`` and one per op, and ``index.html`` with all of them; the files' paths.
+
+    ``out``: the folder, by default the JSON's name without its ending.
+    """
+    result = read(path)
+    folder = out or path.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {"roofline": folder / "roofline.png"}
+    _roofline(result, pictures["roofline"])
+    for op in dict.fromkeys(row["op"] for row in result["rows"]):
+        if any(row["op"] == op and "ms" in row for row in result["rows"]):
+            pictures[op] = folder / f"{op}.png"
+            _times(op, result, pictures[op])
+    page = folder / "index.html"
+    page.write_text(_page(result, pictures), "utf-8")
+    return [*pictures.values(), page]
+
+
+def verdicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Ours beside the best other per op, case and mode: ``{"op", "case", "mode", "ours", "best", "ratio", "clear"}``.
+
+    ``ratio`` is the best other's median time over ours; ``clear`` says that the 20–80 percentile spans do not overlap.
+    """
+    found = []
+    for op, case, mode in dict.fromkeys((row["op"], row["case"], row["mode"]) for row in rows if "ms" in row):
+        here = [row for row in rows if (row["op"], row["case"], row["mode"]) == (op, case, mode) and "ms" in row]
+        ours = [row for row in here if row["ours"]]
+        others = [row for row in here if not row["ours"]]
+        if ours and others:
+            mine = next((row for row in ours if row["provider"] == "triton"), ours[0])
+            best = min(others, key=lambda row: row["ms"]["median"])
+            apart = mine["ms"]["p80"] < best["ms"]["p20"] or best["ms"]["p80"] < mine["ms"]["p20"]
+            ratio = best["ms"]["median"] / mine["ms"]["median"]
+            found.append(
+                {"op": op, "case": case, "mode": mode, "ours": mine, "best": best, "ratio": ratio, "clear": apart}
+            )
+    return found
+
+
+def _providers(rows: Iterable[Row]) -> dict[str, str]:
+    """Provider -> colour, in the order of appearance."""
+    spare = iter(_OTHERS * 4)
+    names = dict.fromkeys(row["provider"] for row in rows)
+    return {name: _COLOURS.get(name) or next(spare) for name in names}
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots
+
+
+def _times(op: str, result: Mapping[str, Any], path: Path) -> None:
+    """Milliseconds against tokens, width or values, a panel per mode; bars where there is one value only."""
+    rows = [row for row in result["rows"] if row["op"] == op and "ms" in row]
+    colours = _providers(rows)
+    modes = [mode for mode in MODES if any(row["mode"] == mode for row in rows)]
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    figure, subplots = _figure(4.6 * len(modes) + 0.6, 1.4 + max(2.6, 0.3 * len(cases) * len(colours)))
+    panels = subplots(1, len(modes), squeeze=False)[0]
+    for panel, mode in zip(panels, modes, strict=True):
+        height = 0.8 / len(colours)
+        for at, (provider, colour) in enumerate(colours.items()):
+            for index, case in enumerate(cases):
+                row = next((r for r in rows if (r["provider"], r["case"], r["mode"]) == (provider, case, mode)), None)
+                if row is None:
+                    continue
+                took = row["ms"]
+                error = [[took["median"] - took["p20"]], [took["p80"] - took["median"]]]
+                where = index + (at - (len(colours) - 1) / 2) * height
+                label = provider if index == 0 else None
+                panel.barh(where, took["median"], height, color=colour, xerr=error, ecolor="#444444", label=label)
+                panel.text(took["p80"], where, f" {took['median']:.3g}", va="center", fontsize=7)
+        panel.set_yticks(range(len(cases)), cases if panel is panels[0] else [""] * len(cases), fontsize=8)
+        panel.invert_yaxis()
+        panel.margins(x=0.15)
+        panel.set_xlabel("milliseconds, median and 20–80 percentiles")
+        panel.set_title(f"{op}, {MODES[mode]}", fontsize=10)
+        panel.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False, fontsize=8)
+    figure.suptitle(_where(result), fontsize=8, color="#666666")
+    figure.savefig(path)
+
+
+def _roofline(result: Mapping[str, Any], path: Path) -> None:
+    """Every kernel by FLOPs per byte and TFLOP/s (elementwise ones by bandwidth) under this run's measured ceilings."""
+    import numpy as np
+
+    limits = result["ceilings"]
+    peak, copy = limits["matmul_tflops"], limits["copy_gbps"]
+    figure, subplots = _figure(10, 5)
+    left, right = subplots(1, 2, width_ratios=(3, 2))
+    rows = [row for row in result["rows"] if "ms" in row and row["mode"] != "both"]
+    shown = [row for row in rows if row["ours"]] or rows
+    products = [row for row in shown if row.get("flops")]
+    ridge = peak * 1e3 / copy
+    line = np.logspace(0, np.log10(max([ridge * 8, *(row["flops"] / row["bytes"] * 2 for row in products)])), 200)
+    left.plot(line, np.minimum(peak, line * copy / 1e3), color="#222222", lw=1.2)
+    left.annotate(f"{copy:,.0f} GB/s copied", (line[20], line[20] * copy / 1e3), fontsize=8, rotation=30, va="bottom")
+    left.annotate(f"{peak:,.3g} TFLOP/s, large product", (line[-1], peak), fontsize=8, ha="right", va="bottom")
+    marks = {"forward": "o", "backward": "s"}
+    colours = _by_op(products)
+    for row in products:
+        left.plot(row["flops"] / row["bytes"], row["tflops"], marks[row["mode"]], color=colours[row["op"]], ms=5)
+    _keys(left, colours, marks)
+    left.set(xscale="log", yscale="log", xlabel="FLOP per byte, each operand once", ylabel="TFLOP/s")
+    left.set_title(
+        "products" + ("" if shown is not rows else " (plain torch: nothing of ours was measured)"), fontsize=10
+    )
+    others = [row for row in shown if not row.get("flops")]
+    names = list(dict.fromkeys(f"{row['op']} {row['case']} {row['mode']}" for row in others))
+    share = [max(r["copy_share"] for r in others if f"{r['op']} {r['case']} {r['mode']}" == name) for name in names]
+    right.barh(names, share, color="#d55e00")
+    right.axvline(1, color="#222222", lw=1)
+    right.invert_yaxis()
+    right.tick_params(axis="y", labelsize=max(4, 8 - len(names) // 10))
+    right.set_xlabel("share of the copy's bandwidth")
+    right.set_title("rows and values", fontsize=10)
+    for panel in (left, right):
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(_where(result), fontsize=8, color="#666666")
+    figure.savefig(path)
+
+
+def _by_op(rows: Sequence[Row]) -> dict[str, str]:
+    spare = iter(("#d55e00", "#0072b2", "#009e73", "#cc79a7", *_OTHERS) * 2)
+    return {op: next(spare) for op in dict.fromkeys(row["op"] for row in rows)}
+
+
+def _keys(panel: Any, colours: Mapping[str, str], marks: Mapping[str, str]) -> None:
+    for op, colour in colours.items():
+        panel.plot([], [], "o", color=colour, label=op)
+    for mode, mark in marks.items():
+        panel.plot([], [], mark, color="#777777", label=mode)
+    if colours:
+        panel.legend(fontsize=8, frameon=False, loc="lower right")
+
+
+def _where(result: Mapping[str, Any]) -> str:
+    claim = "" if result["claim"] else " · on a CPU: no claim about speed"
+    return f"{result['device']} · {result['dtype']} · commit {result['commit']} · {result['date']}{claim}"
+
+
+def _page(result: Mapping[str, Any], pictures: Mapping[str, Path]) -> str:
+    import jinja2
+
+    from longskip import __version__
+
+    templates = files("longskip.profiling") / "templates"
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    template = environment.from_string((templates / "bench.html.j2").read_text("utf-8"))
+    return template.render(
+        result=result,
+        where=_where(result),
+        modes=MODES,
+        verdicts=verdicts(result["rows"]),
+        rows=[row for row in result["rows"] if "ms" in row],
+        failed=[row for row in result["rows"] if "failed" in row],
+        pictures={name: base64.b64encode(path.read_bytes()).decode() for name, path in pictures.items()},
+        style=(templates / "report.css").read_text("utf-8"),
+        version=__version__,
+    )

@@ -59,7 +59,13 @@ setup(
     # An explicit root makes editable installs plain paths, which type checkers follow.
     package_dir={"": "."},
     package_data={
-        "longskip": ["py.typed", "profiling/templates/*", "launcher/demo.yaml", "engine/diffusers_pipeline/*.py"]
+        "longskip": [
+            "py.typed",
+            "profiling/templates/*",
+            "launcher/demo.yaml",
+            "engine/diffusers_pipeline/*.py",
+            "kernels/tuned/*.json",
+        ]
     },
     install_requires=CORE,
     extras_require=EXTRAS,

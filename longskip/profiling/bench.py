@@ -84,7 +84,7 @@ def check(case: KernelCase, call: Call, device: torch.device, dtype: torch.dtype
         allowed = 2 * (eager[name].double() - reference).abs().max().item() + noise
         error = (ours[name].double() - reference).abs().max().item()
         if not error <= allowed:
-            failed = f"{name}: error {error:.3g} against float64, allowed {allowed:.3g}"
+            failed = failed or f"{name}: error {error:.3g} against float64, allowed {allowed:.3g}"
         worst = max(worst, error / allowed if allowed else 0.0)
     return worst, failed
 

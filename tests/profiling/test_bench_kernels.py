@@ -1,0 +1,225 @@
+"""``bench kernels`` and its pages: the figures are those of the work, a wrong kernel gets none, tables are read back."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longskip import kernels
+from longskip.errors import BackendError, LongskipError
+from longskip.kernels import backends, tables
+from longskip.profiling import bench, bench_render, bench_timing, bench_tuning
+from longskip.profiling.bench_providers import Provider, by_backend
+from longskip.profiling.kernel_cases import CASES, KernelCase
+
+CPU = torch.device("cpu")
+LIMITS = {"matmul_tflops": 1.0, "copy_gbps": 10.0}
+TINY = KernelCase(
+    "skip_linear", "tiny", "width", 8, {"x": (2, 3, 8), "skip": (2, 3, 8), "weight": (8, 16), "bias": (8,)}
+)
+
+
+def rows(provider: Provider, case: KernelCase = TINY) -> list[dict[str, Any]]:
+    return bench.bench_case(case, [provider], CPU, torch.float32, LIMITS, 3, lambda line: None)
+
+
+def test_rates_are_declared_work_over_measured_time() -> None:
+    found = {row["mode"]: row for row in rows(Provider("torch", "x", by_backend("torch")))}
+    assert set(found) == {"forward", "backward", "both"}
+    forward = 2 * 6 * 16 * 8
+    assert [found[mode]["flops"] for mode in ("forward", "backward", "both")] == [forward, 2 * forward, 3 * forward]
+    for row in found.values():
+        assert row["tflops"] == pytest.approx(row["flops"] / row["ms"]["median"] / 1e9)
+        assert row["gbps"] == pytest.approx(row["bytes"] / row["ms"]["median"] / 1e6)
+        assert row["copy_share"] == pytest.approx(row["gbps"] / 10)
+        assert row["ms"]["p20"] <= row["ms"]["median"] <= row["ms"]["p80"]
+
+
+@pytest.mark.parametrize("where", ["output", "gradient"])
+def test_a_wrong_kernel_gets_no_time(where: str) -> None:
+    def make(case: KernelCase) -> Any:
+        def call(leaves: Any, extra: Any) -> tuple[torch.Tensor, ...]:
+            (out,) = case.call(leaves, extra)
+            if where == "output":
+                return (out * (1 + 1e-4),)
+            return (out + (leaves["x"] - leaves["x"].detach()).sum() * 1e-3,)
+
+        return call
+
+    (row,) = rows(Provider("wrong", "x", make))
+    assert "ms" not in row
+    assert row["failed"].startswith("out0: error" if where == "output" else "dx: error")
+
+
+def test_a_provider_that_fails_is_named_and_the_others_go_on() -> None:
+    def make(case: KernelCase) -> Any:
+        def call(leaves: Any, extra: Any) -> tuple[torch.Tensor, ...]:
+            raise RuntimeError("no such device function")
+
+        return call
+
+    found = bench.bench_case(
+        TINY, [Provider("broken", "x", make), Provider("torch", "x", by_backend("torch"))],
+        CPU, torch.float32, LIMITS, 2, lambda line: None,
+    )  # fmt: skip
+    assert found[0]["failed"] == "RuntimeError: no such device function"
+    assert {row["provider"] for row in found[1:]} == {"torch"}
+
+
+def test_times_are_of_the_work_and_taken_in_turns() -> None:
+    order: list[str] = []
+
+    def work(name: str, seconds: float) -> Any:
+        def run() -> None:
+            order.append(name)
+            time.sleep(seconds)
+
+        return run
+
+    found = bench_timing.interleaved({"a": work("a", 0.004), "b": work("b", 0.001)}, CPU, 4)
+    assert order[4:] == ["a", "b"] * 4
+    assert found["a"]["median"] >= 4 and 1 <= found["b"]["median"] < found["a"]["median"]
+
+
+def test_every_case_names_what_its_op_takes() -> None:
+    for case in CASES:
+        leaves, extra = case.tensors(torch.device("meta"), torch.float32)
+        with kernels.use("torch"):
+            outputs = case.call(leaves, extra)
+        torch.autograd.grad(outputs, list(leaves.values()), [torch.empty_like(o) for o in outputs], allow_unused=True)
+        small = bench.smaller(case, 1)
+        assert all(shape[0] == 1 for name, shape in small.inputs.items() if len(shape) > 2), case.id
+    assert {case.op for case in CASES} == set(backends._FAMILY_OF) - {"adamw", "attention_varlen"}
+
+
+def test_the_command_writes_json_and_csv_and_the_pages_are_made_of_them(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "longskip.profiling.bench", "--op", "adaln", "--shapes", "h1024", "--repeats", "1"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "k")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "no claim about speed" in done.stderr
+    result = json.loads((tmp_path / "k.json").read_text())
+    assert result["claim"] is torch.cuda.is_available()
+    with (tmp_path / "k.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert {line["kernel_operation_mode"] for line in lines} == {"forward", "backward", "full"}
+    assert [float(line["y_value_50"]) for line in lines if line["metric_name"] == "speed"] == [
+        row["ms"]["median"] for row in result["rows"] if "ms" in row
+    ]
+    written = bench_render.render(tmp_path / "k.json")
+    assert {path.name for path in written} == {"roofline.png", "adaln.png", "index.html"}
+    page = written[-1].read_text()
+    assert "claim nothing about speed" in page and page.count("data:image/png;base64,") == 2
+
+
+def test_rendering_refuses_what_is_no_result(tmp_path: Path) -> None:
+    with pytest.raises(LongskipError, match="does not exist"):
+        bench_render.render(tmp_path / "none.json")
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(LongskipError, match="holds no measurements of kernels"):
+        bench_render.render(tmp_path / "x.json")
+
+
+def test_verdicts_compare_with_the_best_other_and_say_when_spreads_overlap() -> None:
+    def row(provider: str, ours: bool, median: float, width: float) -> dict[str, Any]:
+        ms = {"median": median, "p20": median - width, "p80": median + width}
+        return {"op": "mlp", "case": "c", "mode": "both", "provider": provider, "ours": ours, "ms": ms}
+
+    found = bench_render.verdicts(
+        [row("auto", True, 0.8, 0), row("triton", True, 1.0, 0.1), row("a", False, 2.0, 0.1), row("b", False, 3, 0)]
+    )
+    assert [(v["ratio"], v["best"]["provider"], v["clear"]) for v in found] == [(2.0, "a", True)]
+    assert not bench_render.verdicts([row("triton", True, 1.0, 0.3), row("a", False, 1.2, 0.3)])[0]["clear"]
+
+
+def test_bad_options_are_named() -> None:
+    with pytest.raises(BackendError, match="--op 'adalm'; known: adaln, adamw"):
+        bench.main(["--op", "adalm"])
+    with pytest.raises(BackendError, match="no case of that name; known: h1024"):
+        bench.main(["--op", "adaln", "--shapes", "1h"])
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tables, "PACKAGE_FOLDER", tmp_path / "package")
+    tables.of_device.cache_clear()
+    yield tmp_path / "package", tables.user_folder()  # type: ignore[misc]
+    tables.of_device.cache_clear()
+
+
+def test_tables_are_merged_the_users_before_the_packages(folders: tuple[Path, Path]) -> None:
+    package, user = folders
+    device = {"device": "interpreter", "versions": {}}
+    tables.save({**device, "configurations": {"k": {"a": {"BLOCK": 1}, "b": {"BLOCK": 2}}}}, package)
+    assert tables.best_configuration(CPU, "k", "a") == {"BLOCK": 1}
+    tables.save({**device, "configurations": {"k": {"a": {"BLOCK": 8}}}}, user)
+    assert tables.best_configuration(CPU, "k", "a") == {"BLOCK": 8}
+    assert tables.best_configuration(CPU, "k", "b") == {"BLOCK": 2}
+    assert tables.best_configuration(CPU, "k", "c") is None
+    with tables.chosen({"k": {"c": {"BLOCK": 3}}}), tables.recorded() as asked:
+        assert tables.best_configuration(CPU, "k", "c") == {"BLOCK": 3}
+        with tables.forced({"k": {"BLOCK": 4}}):
+            assert tables.best_configuration(CPU, "k", "c") == {"BLOCK": 4}
+    assert asked == [("k", "c"), ("k", "c")]
+    assert tables.best_configuration(CPU, "k", "c") is None
+
+
+def test_a_damaged_table_is_an_error_that_names_it(folders: tuple[Path, Path]) -> None:
+    package, _ = folders
+    package.mkdir(parents=True)
+    (package / "interpreter.json").write_text("{")
+    with pytest.raises(BackendError, match=r"interpreter\.json is no table of measurements"):
+        tables.best_configuration(CPU, "k", "a")
+
+
+def test_auto_takes_what_was_measured_fastest_in_the_bucket(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The choice of a GPU, made here by a device that says it is one."""
+    package, _ = folders
+    monkeypatch.setattr(tables, "target_of", lambda device: backends.jit.TARGETS[90])
+    monkeypatch.setattr(backends.jit, "unusable", lambda device: None)
+    registry = {op: dict(found) for op, found in backends._REGISTRY.items()}
+    sizes = {"batch": 60, "tokens": 334, "width": 1024, "itemsize": 2}
+    where = tables.bucket(torch.bfloat16, sizes)
+    assert where == "bfloat16 batch=64 tokens=512 width=1024"
+    table = {
+        "device": "NVIDIA H200",
+        "backends": {"adaln": {where: {"backend": "triton", "milliseconds": {"triton": 1, "torch": 2}}}},
+    }
+    tables.save(table, package)
+    try:
+        backends.register("adaln", "triton")(lambda *a, **k: None)
+        gpu = torch.device("cuda", 0)
+        name, reason = backends._choose("adaln", gpu, torch.bfloat16, sizes)
+        assert name == "triton" and "measured on NVIDIA H200" in reason and "triton 1 ms, torch 2 ms" in reason
+        assert backends._choose("adaln", gpu, torch.bfloat16, {**sizes, "tokens": 513})[0] == "torch"
+        backends.register("adaln", "triton", unfit=lambda dtype, sizes: "not today")(lambda *a, **k: None)
+        assert backends._choose("adaln", gpu, torch.bfloat16, sizes)[0] == "torch"
+    finally:
+        backends._REGISTRY.update(registry)
+
+
+def test_tuning_keeps_the_fastest_configuration_of_each_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_tuning, "_choices", lambda op, kernel: ({"MS": 3}, {"MS": 1}, {"MS": 2}))
+
+    def works(case: KernelCase) -> Any:
+        def work() -> None:
+            chosen = tables.best_configuration(CPU, "_kernel", f"width={case.x}") or {"MS": 2}
+            time.sleep(chosen["MS"] / 1000)
+
+        return work
+
+    found = bench_tuning.tune([TINY], works, CPU, 3, lambda line: None)
+    assert found == {"_kernel": {"width=8": {"MS": 1}}}

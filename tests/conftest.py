@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-# In this process Triton's kernels are interpreted on the CPU, which is decided before triton is imported. Triton's own
-# switch carries it on; the variable is not left to the processes that tests start.
-_interpret = os.environ.get("TRITON_INTERPRET")
-if _interpret is None:
+import torch
+
+if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
+    # In this process Triton's kernels are interpreted on the CPU, which is decided before triton is imported. Triton's
+    # own switch carries it on; the variable is not left to the processes that tests start.
     os.environ["TRITON_INTERPRET"] = "1"
     import triton
 
@@ -46,6 +47,4 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    import torch
-
     torch.set_num_threads(1)

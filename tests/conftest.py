@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 import torch
 
 if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:

@@ -41,7 +41,7 @@ case $what in
     ;;
   training)
     step sanitizer 120 "$python" -m pytest -q -m gpu tests/gpu -k sanitizer
-    step 8b 440 bash docs/results/run_8b.sh "$out/8b"
+    step 8b 440 bash docs/results/run_8b.sh "$out/features"
     ;;
   *)
     echo "first argument: kernels or training" >&2

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from longskip.engine import bench_pipelines
-from longskip.engine.bench_common import VERDICTS, commit, machine, shown, spread
+from longskip.engine.bench_common import VERDICTS, about, page, shown, spread, table
 from longskip.engine.bench_pipelines import BATCH, LATENT_SHAPE, STORED_SIDE, TEXT_SHAPE, Contender, Kind
 from longskip.engine.data.crc import CRC32_BY
 from longskip.engine.data.features import LATENT, MASK, TEXT
@@ -45,6 +45,11 @@ TARGETS: dict[tuple[str, str], float] = {
     ("jpeg", "tuned"): 1.0,
 }
 RESUME_MS = 50.0
+FLOORS = (1, 2)  # processes
+FLOOR = (
+    "Floor: the same bytes by one system call a sample into memory that is used again, and their crc32; no header is "
+    "looked at, no batch made. On the right the share of it that longskip reaches."
+)
 
 
 def contenders(workers: int) -> tuple[Contender, ...]:
@@ -87,12 +92,8 @@ def bench_data(
             made = make_shards(folder, kind, count)
             progress(f"{kind}: {count} samples in {SHARDS} shards, {time.monotonic() - begin:.0f} s")
             found[kind] = _of_kind(kind, folder, made, count, repeats, workers, progress)
-    return {
-        "command": " ".join(["longskip bench data", *(f"--{name} {value}" for name, value in options.items())]),
-        "commit": commit(),
-        "machine": machine("torch", "webdataset", "numpy"),
+    return about("data", options, load, "torch", "webdataset", "numpy") | {
         "crc32_by": CRC32_BY,
-        "load_average": {"before": list(load), "after": list(os.getloadavg())},
         "batch": BATCH,
         "repeats": repeats,
         "kinds": found,
@@ -115,11 +116,14 @@ def _of_kind(
         progress(f"{kind}: one epoch of {contender.title}, {contender.workers} workers, read for the comparison")
     agree = {name: agrees(kind, found, made, gate["longskip"]) for name, found in gate.items()}
     runs: dict[str, list[dict[str, float]]] = {contender.name: [] for contender in entries}
+    floors: dict[int, list[dict[str, float]]] = {processes: [] for processes in FLOORS}
     for repeat in range(repeats):
         for contender in entries:
             runs[contender.name].append(in_process(bench_pipelines.rates, contender, folder, kind, count, SECONDS))
             rate = runs[contender.name][-1]["samples_per_second"]
             progress(f"{kind} {repeat + 1}/{repeats}: {contender.title}, {contender.workers} workers: {rate:,.0f}/s")
+        for processes in FLOORS if kind == "features" else ():
+            floors[processes].append(in_process(bench_pipelines.floor, folder, processes, SECONDS))
     resumes = [
         in_process(bench_pipelines.resume, folder, kind, (1000 + i) * count + count // 2 + BATCH)
         for i in range(RESUMES)
@@ -139,6 +143,7 @@ def _of_kind(
             for contender in entries
         },
         "comparisons": comparisons(kind, runs, agree),
+        "floors": [shares(processes, found, runs["longskip"]) for processes, found in floors.items() if found],
         "resume_ms": spread(resumes) | ({"asked": RESUME_MS} if kind == "features" else {}),
     }
 
@@ -284,18 +289,23 @@ def comparisons(
     return lines
 
 
+def shares(
+    processes: int, floors: Sequence[Mapping[str, float]], ours: Sequence[Mapping[str, float]]
+) -> dict[str, Any]:
+    """The floor in so many processes, and which share of it ours reached in the same repeat (1 is the floor itself)."""
+    pairs = list(zip(ours, floors, strict=True))
+    return {
+        "processes": processes,
+        **{key: spread([found[key] for found in floors]) for key in ("samples_per_second", "cpu_us")},
+        "share_of_rate": spread([mine["samples_per_second"] / found["samples_per_second"] for mine, found in pairs]),
+        "share_of_cpu": spread([found["cpu_us"] / mine["cpu_us"] for mine, found in pairs]),
+    }
+
+
 def to_markdown(result: Mapping[str, Any]) -> str:
     """The result as a page to read."""
-    made_of = result["machine"]
-    packages = ", ".join(f"{name} {version}" for name, version in made_of["versions"].items())
-    before, after = (", ".join(f"{value:.1f}" for value in result["load_average"][key]) for key in ("before", "after"))
     lines = [
-        "# The reader, beside webdataset's pipelines",
-        "",
-        f"`{result['command']}`",
-        "",
-        f"{made_of['device']}, {made_of['cores']} cores, {packages}; commit {result['commit']}; crc32 by "
-        f"{result['crc32_by']}. Load average before {before}, after {after}.",
+        *page("The reader, beside webdataset's pipelines", result, f"crc32 by {result['crc32_by']}"),
         "",
         f"Samples per second in collated batches of {result['batch']}, and microseconds of processor time a sample, summed "
         f"over all processes: median (20th–80th percentile) of {result['repeats']} fresh processes of each contender, in "
@@ -319,21 +329,34 @@ def to_markdown(result: Mapping[str, Any]) -> str:
             "",
             f"{found['samples']:,} samples in {found['shards']} shards, {found['bytes_per_sample']:,} bytes each: {what}.",
             "",
-            "| contender | workers | samples/s | processor µs/sample | batches |",
-            "|---|---|---|---|---|",
         ]
+        rows: list[tuple[Any, ...]] = []
         for figures in found["contenders"].values():
-            lines.append(
-                f"| {figures['title']} | {figures['workers']} | {shown(figures['samples_per_second'], ',.0f')} "
-                f"| {shown(figures['cpu_us'], ',.1f')} | {'as stored' if figures['same_batches'] else 'WRONG'} |"
-            )
-        lines += ["", "| ours | against | by | asked | ratio | |", "|---|---|---|---|---|---|"]
+            rates = shown(figures["samples_per_second"], ",.0f"), shown(figures["cpu_us"], ",.1f")
+            batches = "as stored" if figures["same_batches"] else "WRONG"
+            rows.append((figures["title"], figures["workers"], *rates, batches))
+        lines += [*table(("contender", "workers", "samples/s", "processor µs/sample", "batches"), rows), ""]
+        rows = []
         for line in found["comparisons"]:
             asked = "" if line["asked"] is None else f"≥ {line['asked']:g}"
             ratio = "none: other batches" if line["ratio"] is None else shown(line["ratio"], ".2f")
-            lines.append(
-                f"| {line['ours']} | {line['theirs']} | {line['by']} | {asked} | {ratio} | {VERDICTS[line.get('met')]} |"
+            rows.append((line["ours"], line["theirs"], line["by"], asked, ratio, VERDICTS[line.get("met")]))
+        lines += table(("ours", "against", "by", "asked", "ratio", ""), rows)
+        rows = []
+        for floor in found["floors"]:
+            rates = shown(floor["samples_per_second"], ",.0f"), shown(floor["cpu_us"], ",.1f")
+            rows.append(
+                (floor["processes"], *rates, shown(floor["share_of_rate"], ".0%"), shown(floor["share_of_cpu"], ".0%"))
             )
+        if rows:
+            columns = (
+                "processes",
+                "samples/s",
+                "processor µs/sample",
+                "longskip, wall clock",
+                "longskip, processor time",
+            )
+            lines += ["", FLOOR, "", *table(columns, rows)]
         resumed = found["resume_ms"]
         lines += [
             "",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -20,10 +22,11 @@ import torch
 from PIL import Image
 
 from longskip.engine.data.assembler import Assembler, MicroBatch
+from longskip.engine.data.crc import crc32
 from longskip.engine.data.features import LATENT, MASK, TEXT
 from longskip.engine.data.plan import Plan
 from longskip.engine.data.reader import Reader
-from longskip.engine.data.sources import open_source
+from longskip.engine.data.sources import ShardSource, open_source
 
 Kind = Literal["features", "jpeg"]
 
@@ -204,6 +207,40 @@ def rates(contender: Contender, folder: Path, kind: Kind, samples: int, seconds:
         count += len(next(stream).keys)
     wall, cpu = time.perf_counter() - begin, _processor_seconds() - cpu
     return {"samples_per_second": count / wall, "cpu_us": 1e6 * cpu / count}
+
+
+def floor(folder: Path, processes: int, seconds: float) -> dict[str, float]:
+    """``rates`` of what no reader of these shards can do without: one system call a sample, of the bytes from its first
+    member to its last, into memory that is used again, and the crc32 of those bytes; nothing is made of them.
+    """
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        parts = pool.starmap(_floor, [(folder, seconds, seed) for seed in range(processes)], chunksize=1)
+    return {
+        "samples_per_second": sum(count / wall for count, wall, _ in parts),
+        "cpu_us": 1e6 * sum(cpu for _, _, cpu in parts) / sum(count for count, _, _ in parts),
+    }
+
+
+def _floor(folder: Path, seconds: float, seed: int) -> tuple[int, float, float]:
+    """Samples, seconds, and seconds of processor time of one process."""
+    source = ShardSource(folder)
+    places: list[tuple[int, int, int]] = []
+    for shard in range(len(source.index.shards)):
+        descriptor, table, names = source.opened(shard)
+        kinds = [name.removesuffix("_offset") for name in names if name.endswith("_offset")]
+        begins = np.min([table[f"{kind}_offset"] for kind in kinds], axis=0)
+        ends = np.max([table[f"{kind}_offset"] + table[f"{kind}_size"] for kind in kinds], axis=0)
+        places += [(descriptor, at, size) for at, size in zip(begins.tolist(), (ends - begins).tolist(), strict=True)]
+    memory = np.ones((BATCH, max(size for _, _, size in places)), np.uint8)  # touched, so that no page is missing
+    order = np.random.default_rng(seed).permutation(len(places)).tolist()
+    reads = [(places[i][0], memory[k % BATCH].data[: places[i][2]], places[i][1]) for k, i in enumerate(order)]
+    count, wall, begin, cpu = 0, 0.0, time.perf_counter(), time.process_time()
+    while wall < seconds:
+        for descriptor, row, at in reads:
+            os.preadv(descriptor, (row,), at)
+            crc32(row)
+        count, wall = count + len(reads), time.perf_counter() - begin
+    return count, wall, time.process_time() - cpu
 
 
 def _processor_seconds() -> float:

@@ -25,7 +25,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longskip.engine import bench_rivals
-from longskip.engine.bench_common import VERDICTS, commit, cores, machine, shown, spread
+from longskip.engine.bench_common import VERDICTS, about, cores, page, shown, spread, table
 from longskip.engine.bench_rivals import declared
 from longskip.engine.build import build_vocabulary
 from longskip.engine.config import Config
@@ -140,12 +140,8 @@ def bench_step(
     figures = {contender.name: _figures(contender, runs[contender.name], reference) for contender in chosen}
     present = [comparison for comparison in COMPARISONS if {comparison.ours, comparison.theirs} <= figures.keys()]
     shape = config.backbone()
-    return {
-        "command": " ".join(["longskip bench step", *(f"--{name} {value}" for name, value in options.items())]),
-        "commit": commit(),
-        "machine": machine("torch", "deepspeed"),
+    return about("step", options, load, "torch", "deepspeed") | {
         "threads_per_rank": threads,
-        "load_average": {"before": list(load), "after": list(os.getloadavg())},
         "model": {
             "preset": preset,
             "tensors": len(tensors),
@@ -347,16 +343,10 @@ def _compare(asked: Comparison, runs: dict[str, list[dict[str, Any]]], figures: 
 
 def to_markdown(result: dict[str, Any]) -> str:
     """The result as a page to read."""
-    model, steps, machine = result["model"], result["steps"], result["machine"]
-    packages = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    before, after = (", ".join(f"{value:.1f}" for value in result["load_average"][key]) for key in ("before", "after"))
+    model, steps = result["model"], result["steps"]
+    how = f"{result['threads_per_rank']} thread(s) a process"
     lines = [
-        "# The training step, beside stock DeepSpeed and a bare torch loop",
-        "",
-        f"`{result['command']}`",
-        "",
-        f"{machine['device']}, {machine['cores']} cores, {packages}; commit {result['commit']}. "
-        f"{result['threads_per_rank']} thread(s) a process; load average before {before}, after {after}.",
+        *page("The training step, beside stock DeepSpeed and a bare torch loop", result, how),
         "",
         f"A U-ViT of {model['blocks']} blocks, width {model['width']}, {model['tokens']} tokens: {model['tensors']} tensors, "
         f"{model['parameters']:,} parameters; batch {steps['batch']}. Data: {result['data']}. Each process takes "
@@ -364,20 +354,19 @@ def to_markdown(result: dict[str, Any]) -> str:
         f"counted; {result['repeats']} fresh processes of each contender, in turns. Milliseconds a step, processor time summed "
         "over the ranks: median (20th–80th percentile). Loss: the worst relative difference of any step from the bare loop.",
         "",
-        "| contender | ranks | collectives a step | processor ms | wall ms | loss |",
-        "|---|---|---|---|---|---|",
     ]
+    rows: list[tuple[Any, ...]] = []
     for figures in result["contenders"].values():
         kinds = ", ".join(f"{kind} {count:g}" for kind, count in figures["collectives_by_kind"].items())
-        lines.append(
-            f"| {figures['title']} | {figures['ranks']} | {figures['collectives']:g}{f' ({kinds})' if kinds else ''} "
-            f"| {shown(figures['cpu_ms'], '.1f')} | {shown(figures['wall_ms'], '.1f')} "
-            f"| {figures['loss_difference']:.1e}{'' if figures['losses_agree'] else ': NOT THE SAME'} |"
-        )
-    lines += ["", "| comparison | asked | measured | |", "|---|---|---|---|"]
+        collectives = f"{figures['collectives']:g}{f' ({kinds})' if kinds else ''}"
+        loss = f"{figures['loss_difference']:.1e}{'' if figures['losses_agree'] else ': NOT THE SAME'}"
+        times = shown(figures["cpu_ms"], ".1f"), shown(figures["wall_ms"], ".1f")
+        rows.append((figures["title"], figures["ranks"], collectives, *times, loss))
+    lines += [*table(("contender", "ranks", "collectives a step", "processor ms", "wall ms", "loss"), rows), ""]
+    rows = []
     for line in result["comparisons"]:
         sign = "≤" if "collectives" in line["what"] else "≥"
         asked = "" if line["asked"] is None else f"{sign} {line['asked']}"
         measured = "no ratio: the losses differ" if line["ratio"] is None else shown(line["ratio"], ".2f")
-        lines.append(f"| {line['what']} | {asked} | {measured} | {VERDICTS[line['met']]} |")
-    return "\n".join(lines) + "\n"
+        rows.append((line["what"], asked, measured, VERDICTS[line["met"]]))
+    return "\n".join([*lines, *table(("comparison", "asked", "measured", ""), rows)]) + "\n"

@@ -13,6 +13,7 @@ from longskip.engine.config import BatchPlan, Config
 from longskip.engine.data.sources import SizedSource, Source
 from longskip.engine.data.tokens import FIRST_WORD, Vocabulary
 from longskip.engine.distributed import World, import_deepspeed
+from longskip.engine.fitting import reduce_bucket
 from longskip.engine.opening import spread
 from longskip.engine.optim import AdamW, parameter_groups
 from longskip.engine.runs import write_atomic
@@ -75,8 +76,7 @@ def load_model(run: Path, config: Config, checkpoint: Path, kind: Kind) -> tuple
 
 def deepspeed_config(config: Config, batch: BatchPlan, *, n_parameters: int, cuda: bool) -> dict[str, Any]:
     """The resolved DeepSpeed JSON: what longskip sets over the user's own file; contradictions are refused."""
-    # DeepSpeed's default buckets (5e8 elements) are allocated whole; nothing needs more than the model has.
-    bucket = int(min(5e8, max(n_parameters, 1)))
+    bucket = reduce_bucket(config, n_parameters)
     zero: dict[str, Any] = {
         "stage": config.deepspeed.zero_stage,
         "contiguous_gradients": True,

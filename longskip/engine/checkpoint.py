@@ -17,6 +17,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from longskip.errors import CheckpointError, DiskFullError
 if TYPE_CHECKING:
     import torch
 
-    from longskip.engine.shards import Kind, Shards
+    from longskip.engine.shards import Kind, Shards, Slice
 
 FORMAT, VERSION = "longskip-checkpoint", 1
 FILES: dict[str, tuple[Kind, ...]] = {"weights": ("weight", "ema"), "moments": ("exp_avg", "exp_avg_sq")}
@@ -45,13 +46,13 @@ def save(checkpoints: Path, step: int, shards: Shards, state: dict[str, Any], *,
     """
     final, temporary = checkpoints / f"step-{step:08d}", checkpoints / f"step-{step:08d}.tmp"
     faults.point("save.begin", step=step)
-    made = _attempt(lambda: _fresh_folder(temporary) if shards.rank == 0 else {})
-    barrier()
-    written = made if "error" in made else _attempt(lambda: {"files": _write_rank(temporary, step, shards)})
-    everyone: list[Any] = gather_objects(written)
-    failed = [part for part in everyone if "error" in part]
+    rooms: list[Any] = gather_objects(_attempt(lambda: _make_room(temporary, shards)))
+    failed = [room for room in rooms if "error" in room] or _without_room(checkpoints, rooms)
     if not failed:
-        files = {name: entry for part in everyone for name, entry in part["files"].items()}
+        parts: list[Any] = gather_objects(_attempt(lambda: {"files": _write_rank(temporary, step, shards)}))
+        failed = [part for part in parts if "error" in part]
+    if not failed:
+        files = {name: entry for part in parts for name, entry in part["files"].items()}
 
         def commit() -> dict[str, Any]:
             _commit(temporary, final, step, shards, state, files)
@@ -81,34 +82,41 @@ def _attempt(act: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"error": str(error), "disk_full": full}
 
 
-def _fresh_folder(path: Path) -> dict[str, Any]:
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-    return {}
+def _make_room(folder: Path, shards: Shards) -> dict[str, Any]:
+    """What this rank will write, in bytes of fp32; rank 0 makes the folder anew and sees what is free there."""
+    room = {"needed": 4 * sum(item.numel for item in shards.owned()) * sum(map(len, FILES.values()))}
+    if shards.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        room["free"] = shutil.disk_usage(folder).free
+    return room
+
+
+def _without_room(checkpoints: Path, rooms: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A failure where what all ranks write, to the one file system that they share, does not fit; else nothing."""
+    needed, free = sum(room["needed"] for room in rooms), rooms[0]["free"]
+    if free >= needed * 1.02 + (1 << 20):
+        return []
+    text = f"{checkpoints} needs {needed:,} bytes for {len(rooms)} rank(s), {free:,} are free"
+    return [{"error": text, "disk_full": True}]
 
 
 def _write_rank(folder: Path, step: int, shards: Shards) -> dict[str, dict[str, Any]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    import torch
 
-    owned = shards.owned()
-    needed = sum(item.numel for item in owned) * 4 * 4
-    free = shutil.disk_usage(folder).free
-    if free < needed * 1.02 + (1 << 20):
-        raise DiskFullError(f"{folder} needs {needed:,} bytes for rank {shards.rank}, {free:,} are free")
-    entries = {}
+    from longskip.engine.tensorfiles import Entry, write_file
+
+    entries, owned = {}, shards.owned()
     for stem, kinds in FILES.items():
         path = folder / f"{stem}-{shards.rank:05d}.safetensors"
-        tensors = {
-            f"{kind}/{item.name}@{item.offset}": shards.tensor(item, kind).contiguous().cpu()
+        tensors = [
+            Entry(
+                f"{kind}/{item.name}@{item.offset}", (item.numel,), torch.float32, partial(_pieces, shards, item, kind)
+            )
             for item in owned
             for kind in kinds
-        }
-        try:
-            save_file(_unshared(tensors), path)
-        except SafetensorError as error:
-            full = "os error 28" in str(error).lower() or "StorageFull" in str(error) or "code: 28" in str(error)
-            raise (DiskFullError if full else CheckpointError)(f"{path}: {error}") from None
+        ]
+        write_file(path, tensors, {})
         entries[path.name] = _seal(path)
         if stem == "weights":
             faults.point("save.shard_half", step=step)
@@ -116,9 +124,11 @@ def _write_rank(folder: Path, step: int, shards: Shards) -> dict[str, dict[str, 
     return entries
 
 
-def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """safetensors refuses views of one storage; slices of a flat master are such views."""
-    return {key: value.clone() for key, value in tensors.items()}
+def _pieces(shards: Shards, item: Slice, kind: Kind) -> Iterator[torch.Tensor]:
+    """The slice in host memory, a piece at a time and without a copy where it lies there already."""
+    from longskip.engine.tensorfiles import PIECE
+
+    return (piece.cpu() for piece in shards.tensor(item, kind).split(PIECE))
 
 
 def _commit(

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from longskip.engine.idle import idle_settings
 from longskip.errors import ConfigError
 from longskip.models.presets import preset
 from longskip.models.specs import TextEncoderSpec, UViTSpec
@@ -112,13 +113,15 @@ _TEXT_SHAPES = {"words": (16, 64), "clip": (77, 1024), "t5": (120, 4096), "none"
 class TextGroup(Group):
     """The text encoder: ``words`` is small and trained with the backbone (words, with bytes for words it does not know);
     ``t5`` and ``clip`` are frozen ones in a local folder ``path`` (transformers' format), which features made by
-    ``longskip data encode`` stand for as well. ``width`` is that of its output, (n_tokens, width) per caption.
+    ``longskip data encode`` stand for as well. ``width`` is that of its output, (n_tokens, width) per caption. ``depth``:
+    layers of ``words`` in which neighbouring words see one another; 0 is a table of vectors alone.
     """
 
     kind: Literal["words", "t5", "clip", "none"] = "words"
     path: str | None = None
     width: Positive = 64
     n_tokens: Positive = 16
+    depth: Count = 0
     vocabulary: Positive = 4096
     too_long: Literal["error", "truncate"] = "error"
 
@@ -157,9 +160,9 @@ class EncodersGroup(Group):
 
 class DiffusionGroup(Group):
     """What is learnt. ``flow``: rectified flow x_t = (1−t)·x0 + t·ε with logit-normal(``time_mean``, ``time_std``) times
-    (SD3, 2403.03206), shifted t → s·t/(1 + (s−1)·t) by ``shift`` s for higher resolutions. ``ddpm``: the discrete
-    schedule of Stable Diffusion, betas scaled-linear from ``beta_start`` to ``beta_end`` over ``train_steps``.
-    ``min_snr``: γ of min-SNR weighting (2303.09556).
+    (SD3, 2403.03206), shifted t → s·t/(1 + (s−1)·t) by ``shift`` s for higher resolutions; prediction ``x`` is weighed by
+    1/max(t, ``time_floor``)². ``ddpm``: the discrete schedule of Stable Diffusion, betas scaled-linear from ``beta_start``
+    to ``beta_end`` over ``train_steps``. ``min_snr``: γ of min-SNR weighting (2303.09556).
     """
 
     objective: Literal["flow", "ddpm"] = "flow"
@@ -176,8 +179,6 @@ class DiffusionGroup(Group):
 
     @model_validator(mode="after")
     def _consistent(self) -> DiffusionGroup:
-        if self.objective == "ddpm" and self.shift != 1.0:
-            raise ValueError(f"diffusion.shift {self.shift} is of objective flow; leave it 1 with ddpm")
         if self.beta_start > self.beta_end:
             raise ValueError(f"diffusion.beta_start {self.beta_start} is above beta_end {self.beta_end}; swap them")
         return self
@@ -199,7 +200,9 @@ class OptimGroup(Group):
 class TrainGroup(Group):
     """Global ``batch_size`` = ``micro_batch`` × ``accumulation`` × ranks; two are given, the third is derived.
 
-    ``init_from``: a run or a ``.safetensors`` file whose weights (EMA by default) a new run starts from.
+    ``accumulation`` is of the first start: where that fixes the micro-batch, another number of ranks on a resume keeps
+    ``batch_size`` and micro-batch and derives its own. ``init_from``: a run or a ``.safetensors`` file whose weights
+    (EMA by default) a new run starts from; what a run's name meant at the first start is kept in ``run.json``.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
@@ -358,10 +361,17 @@ class Config(Group):
         if self.diffusion.objective == "flow" and self.diffusion.prediction == "epsilon":
             raise ValueError("diffusion.prediction epsilon goes with objective ddpm; flow predicts v or x")
         spec = self.backbone()  # raises SpecError with its cure before anything is built
+        if spec.n_classes:
+            raise ValueError(
+                f"model.preset {self.model.preset} is made for classes, this version trains with captions; "
+                "longskip presets lists the others"
+            )
         if self.encoders.text.kind == "none" and self.diffusion.caption_dropout > 0 and spec.n_txt == 0:
             raise ValueError(
                 "diffusion.caption_dropout needs a text encoder; set it to 0 or encoders.text.kind to words"
             )
+        if idle := list(idle_settings(self)):
+            raise ValueError("; ".join(idle))
         if self.train.micro_batch and self.train.accumulation:
             share = self.train.micro_batch * self.train.accumulation
             if self.train.batch_size % share:
@@ -415,19 +425,21 @@ class Config(Group):
         text = self.encoders.text
         if text.kind != "words":
             return None
-        return TextEncoderSpec(vocab_size=vocabulary_size, width=text.width, n_tokens=text.n_tokens)
+        return TextEncoderSpec(vocabulary_size, width=text.width, n_tokens=text.n_tokens, depth=text.depth)
 
     def batch(self, world: int, kept_micro: int | None = None) -> BatchPlan:
         """Micro-batch and accumulation for ``world`` ranks.
 
         ``kept_micro`` is the micro-batch that the run began with; it stays when the number of ranks changes, and the
-        accumulation follows. Raises ConfigError naming the world sizes that divide the batch when this one does not.
+        accumulation follows, whatever ``train.accumulation`` asked of the first start. Raises ConfigError naming the
+        world sizes that divide the batch when this one does not.
         """
         total, micro, accumulation = self.train.batch_size, self.train.micro_batch, self.train.accumulation
+        if kept_micro is not None:
+            micro, accumulation = kept_micro, None
         if micro is not None and accumulation is not None:
             fits = [total // (micro * accumulation)]
-        elif micro is not None or kept_micro is not None:
-            micro = micro or kept_micro or 1
+        elif micro is not None:
             fits = divisors(total // micro) if total % micro == 0 else []
         else:
             accumulation = accumulation or 1
@@ -470,24 +482,3 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{path}.")
         else:
             yield path, value
-
-
-# What may differ when a run is started again; all else belongs to what the run is.
-MAY_CHANGE_ON_RESUME = (
-    "train.steps", "logging.", "eval.", "checkpoint.", "launch.", "budget.",
-    # how the same numbers are computed, and where the same data and encoders lie (their fingerprints are compared)
-    "engine.", "deepspeed.zero_stage", "deepspeed.offload_", "data.path", "data.validation", "data.workers", "data.cache",
-    "data.max_bad_share", "data.on_damage", "encoders.text.too_long",
-    "data.remote",
-    "encoders.vae.path", "encoders.text.path",
-)  # fmt: skip
-
-
-def differing_keys(saved: Config, now: Config) -> dict[str, tuple[Any, Any]]:
-    """Keys that differ and may not differ on resume → (saved value, value now)."""
-    old, new = dict(leaves(saved.model_dump(mode="json"))), dict(leaves(now.model_dump(mode="json")))
-    return {
-        key: (old.get(key), new.get(key))
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE_ON_RESUME)
-    }

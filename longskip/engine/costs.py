@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from longskip.engine.config import BatchPlan, Config
 
 COUNTERS = ("images", "image_tokens", "tokens", "model_flops", "hardware_flops", "six_nd")
+
+
+FEW_IMAGE_TOKENS = 4
+
+
+def few_image_tokens(config: Config) -> str | None:
+    """A warning where a picture is fewer tokens than attention can learn from, as small latents and large patches make."""
+    spec, factor = config.backbone(), config.factor
+    sizes = [(height // factor, width // factor) for height, width in config.buckets] or [spec.latent_size]
+    tokens, (height, width) = min((math.prod(spec.grid(size)), size) for size in sizes)
+    if tokens >= FEW_IMAGE_TOKENS:
+        return None
+    return (
+        f"few image tokens  {tokens} of patch {spec.patch} in {height}x{width} {'latents' if factor > 1 else 'pixels'}: "
+        f"attention has hardly anything to look at; set model.patch below {spec.patch}, or a larger model.resolution"
+    )
 
 
 @dataclass(frozen=True)
@@ -35,11 +52,13 @@ def step_cost(config: Config, batch: BatchPlan, n_parameters: int, bucket: tuple
     hardware = spec.hardware_flops(
         1, config.engine.checkpointing, latent_size, trained_text=not config.encoders.text.frozen
     )
+    text = config.text_encoder(1)  # the table, of whatever length, is looked up and costs nothing
+    text_flops = text.flops().model_flops if text else 0
     return StepCost(
         images=batch.total,
         image_tokens=batch.total * one.image_tokens,
         tokens=batch.total * one.tokens,
-        model_flops=batch.total * one.model_flops,
-        hardware_flops=batch.total * hardware,
+        model_flops=batch.total * (one.model_flops + text_flops),
+        hardware_flops=batch.total * (hardware + text_flops),
         six_nd=6 * n_parameters * batch.total * one.tokens,
     )

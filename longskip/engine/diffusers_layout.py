@@ -107,7 +107,9 @@ def _text(folder: Path, index: dict[str, Any], model: Model, limit: int) -> None
     index |= {"text_encoder": [None, None], "tokenizer": [None, None]}
     group = model.config.encoders.text
     if model.vocabulary is not None:
-        shape = {"vocab_size": len(model.vocabulary), "width": group.width, "n_tokens": group.n_tokens}
+        shape = {"vocab_size": len(model.vocabulary)} | {
+            name: getattr(group, name) for name in ("width", "n_tokens", "depth")
+        }
         encoder = _component(folder, index, "text_encoder", "longskip_words", "WordEncoder", shape)
         write_files(encoder, WEIGHTS, model.entries("text."), {"format": "pt"}, limit)
         settings = {"n_tokens": group.n_tokens, "truncate": group.too_long == "truncate"}

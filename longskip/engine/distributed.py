@@ -11,11 +11,12 @@ import socket
 import sys
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from longskip.engine.ports import free_port
-from longskip.errors import ConfigError
+from longskip.errors import ConfigError, DataError, LongskipError
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,26 @@ def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:
         torch.distributed.all_reduce(tensor)
         return [float(v) for v in tensor.tolist()]
     return values
+
+
+def agree(failure: LongskipError | None, doing: str, device: torch.device) -> None:
+    """Return on every rank where none has a ``failure``; otherwise raise on all of them, after one small all-reduce.
+
+    The error is the DataError ``rank R cannot DOING: …`` of the first rank that failed, the same on every rank; a rank
+    alone raises its own. So no rank waits in a collective for one that has given up.
+    """
+    if not all_reduce_sum([float(failure is not None)], device)[0]:
+        return
+    own = None if failure is None else {"kind": type(failure).__name__, "what": failure.message, "cure": failure.cure}
+    everyone: list[Any] = gather_objects(own)
+    if failure is not None and len(everyone) == 1:
+        raise failure
+    failed = [rank for rank, told in enumerate(everyone) if told is not None]
+    first = everyone[failed[0]]
+    more = f" (nor can rank {', '.join(map(str, failed[1:]))})" if failed[1:] else ""
+    error = DataError(f"rank {failed[0]} cannot {doing}{more}: {first['kind']}: {first['what']}", cure=first["cure"])
+    error.alike = True
+    raise error from failure
 
 
 def broadcast_object(value: object) -> object:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from longskip.engine.config import TextGroup, VaeGroup
+from longskip.engine.data.hashes import file_sha256
 from longskip.errors import EncoderError
 
 MAX_JSON_BYTES = 1 << 24
@@ -58,11 +59,7 @@ class EncoderFiles:
 
 @lru_cache(maxsize=256)
 def _file_sha256(path: str, size: int, mtime_ns: int) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while piece := stream.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
+    return file_sha256(Path(path))
 
 
 def vae_files(path: str | Path) -> EncoderFiles:

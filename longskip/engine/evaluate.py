@@ -51,7 +51,8 @@ def evaluate(
 
     The result names checkpoint, weights, sampler, steps, guidance, seed and counts, and the hashes of network,
     statistics and CLIP, so that no figure stands without them. ``count`` is how many pictures every score draws and how
-    many samples likelihood (``vlb``, ``ode``) is found of; ``progress`` hears how many were drawn for FID, KID and CLIP.
+    many samples likelihood (``vlb``, ``ode``) is found of; ``seed`` decides which prompts and samples these are, and
+    every random number; ``progress`` hears how many were drawn for FID, KID and CLIP.
     All that can be refused is refused before anything is computed.
     """
     loaded = load_run(run, which=which, weights=weights)
@@ -152,7 +153,7 @@ def _likelihood(loaded: Loaded, methods: Sequence[str], count: int, seed: int) -
     found = evaluate_likelihood(
         objective_of(config.diffusion),
         loaded.model,
-        batches_of(loaded.inputs, source, count),
+        batches_of(loaded.inputs, source, count, seed=seed),
         methods=[method for method in LIKELIHOODS if method in methods],  # type: ignore[misc]
         pixels=config.encoders.vae.kind == "none",
         seed=seed,

@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 
 from longskip.engine.clip import Clip, check_pictures
-from longskip.engine.data.lint import file_sha256
+from longskip.engine.data.hashes import file_sha256
 from longskip.errors import EncoderError
 
 INCEPTION_SIZE = 299

@@ -33,7 +33,7 @@ import torch
 from longskip import __version__
 from longskip.engine.data.decode import decode_image, upright_size
 from longskip.engine.data.draws import generator
-from longskip.engine.data.lint import file_sha256
+from longskip.engine.data.hashes import file_sha256
 from longskip.engine.data.sources import Source
 from longskip.engine.feature_network import FeatureNetwork
 from longskip.errors import BadSampleError, ConfigError, DataError
@@ -183,9 +183,14 @@ def gather(
     """Statistics of ``count`` samples (all by default), chosen by ``seed``; pictures that cannot be used are counted.
 
     Pictures are cut and resized to ``resolution`` (H, W) as training sees them without flips and random crops; by
-    default all must have the size of the first. ``data`` is the name to be written down. Raises ``DataError`` for fewer
-    than two usable pictures and, without ``resolution``, for sizes that differ.
+    default all must have the size of the first. ``data`` is the name to be written down. Raises ``DataError`` for data
+    without pictures, fewer than two usable ones and, without ``resolution``, for sizes that differ.
     """
+    if source.features is not None and not source.features.pictures:
+        raise DataError(
+            f"{data} holds features and no pictures, and statistics are of pictures",
+            cure="longskip data stats on the pictures that were encoded, or encode them with --keep-pictures",
+        )
     if count is not None and count > len(source):
         raise DataError(f"{count} pictures are asked for, {data} holds {len(source)}", cure="a smaller --count")
     fixed = resolution

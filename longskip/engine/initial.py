@@ -2,7 +2,8 @@
 
 The source is a run, a checkpoint folder, or a safetensors file by ``longskip checkpoint export`` or ``convert``. Every tensor
 must be the new model's but the table of positions, whose image rows are interpolated (bicubic) to the new grid. Tensors are
-read piece by piece: a rank reads its own slices.
+read piece by piece: a rank reads its own slices. A run's name means its newest checkpoint, which moves: what it meant at a
+run's first start is written down (``describe_start``) and is what later starts take (``kept_start``).
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,10 +24,11 @@ from longskip.engine import checkpoint
 from longskip.engine.build import load_vocabulary
 from longskip.engine.config import Config
 from longskip.engine.configio import parse_yaml, validate
+from longskip.engine.data.hashes import file_sha256
 from longskip.engine.data.tokens import Vocabulary
 from longskip.engine.runs import find_run
 from longskip.engine.shards import Kind, Shards
-from longskip.engine.tensorfiles import TensorFile, refuse_pickle
+from longskip.engine.tensorfiles import TensorFile, parts_of, refuse_pickle
 from longskip.errors import CheckpointError, ConfigError
 from longskip.models.convert import refuse_others
 from longskip.models.specs import UViTSpec
@@ -76,6 +80,62 @@ def initial_vocabulary(source: str | Path) -> Path | None:
     return home / "vocabulary.json" if (home / "vocabulary.json").is_file() else None
 
 
+def describe_start(source: str | Path, config: Config, vocabulary: Vocabulary | None) -> dict[str, Any]:
+    """The first weights that ``source`` means now, tried on a run of ``config`` and told as JSON for ``run.json``.
+
+    What ``InitialValues.describe`` tells, ``from`` being one set of weights and no run, and the ``sha256`` of its bytes.
+    Raises what ``find_initial`` and ``initial_values`` raise.
+    """
+    found = find_initial(source)
+    with initial_values(found, config.train.init_weights, config, vocabulary) as values:
+        return values.describe() | {"sha256": _sha256(found)}
+
+
+def kept_start(run: Path, told: Mapping[str, Any] | None) -> dict[str, Any]:
+    """``told``, what ``run`` wrote down of its first weights, once they are found to lie there still, unaltered.
+
+    Raises CheckpointError where they do not: a run that starts again before its first checkpoint starts from the same.
+    """
+    cure = "bring them back as they were, or begin a new run: give it its own train.name=…"
+    if told is None or "sha256" not in told:
+        raise CheckpointError(f"{run} does not say which weights train.init_from meant when it began", cure=cure)
+    path, when = Path(told["from"]), f"the weights that {run} began from (train.init_from at its first start)"
+    found = _concrete(path)
+    if found is None:
+        raise CheckpointError(f"{path} is gone: {when}", cure=cure)
+    if found.is_dir():
+        checkpoint.verify(found)
+    if _sha256(found) != told["sha256"]:
+        raise CheckpointError(f"{path} was altered: it held {when}, SHA-256 {told['sha256']}", cure=cure)
+    return dict(told)
+
+
+def lower_rate(run: Path, config: Config) -> str:
+    """The cure of a loss that is not finite: how to train on from the newest checkpoint of ``run`` at half its rate.
+
+    A resume keeps what the run is, its learning rate among it; a new run, under a free name, may take the weights over.
+    """
+    names = (f"{run.name}-{n}" for n in count(2))
+    name = next(name for name in names if not run.with_name(name).exists())
+    words = ["longskip", "train", str(run / "config.yaml"), f"train.name={name}", f"optim.lr={config.optim.lr / 2:g}"]
+    if saved := checkpoint.steps_in(run / "checkpoints"):
+        words.append(f"train.init_from={saved[-1]}")
+    also = ["train.dtype=fp32"] if config.train.dtype != "fp32" else []
+    also += [] if config.model.qk_norm else ["model.qk_norm=true without train.init_from: it adds weights"]
+    return (
+        f"resuming keeps the learning rate; take the weights over into a new run: {shlex.join(words)}\n"
+        "  (an earlier checkpoint where the loss had risen before)" + "".join(f", or {each}" for each in also)
+    )
+
+
+def _sha256(found: Path) -> str:
+    """Of a checkpoint its manifest, which names the hashes of its files; of an index the hashes of the files it names."""
+    if found.is_dir():
+        return file_sha256(found / "manifest.json")
+    parts = [file_sha256(part) for part in parts_of(found)]
+    return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
 def _home(found: Path) -> Path:
     """The folder beside whose configuration and words the weights lie: a checkpoint's run, a file's folder."""
     return found.absolute().parents[1] if found.is_dir() else found.parent
@@ -111,8 +171,7 @@ class _OfCheckpoint:
         return values
 
     def describe(self) -> dict[str, Any]:
-        digest = hashlib.sha256((self.folder / "manifest.json").read_bytes()).hexdigest()
-        step = int(self._archive.manifest["step"])
+        step, digest = int(self._archive.manifest["step"]), _sha256(self.folder)
         return {"from": str(self.folder), "step": step, "weights": self.kind, "manifest_sha256": digest}
 
     def close(self) -> None:
@@ -203,13 +262,18 @@ def initial_values(source: str | Path, kind: str, config: Config, vocabulary: Vo
     ``source``: what ``find_initial`` gave, on every rank the same and not verified again here, or what it takes.
     ``kind``: ``ema`` or ``raw``, of a checkpoint; a file holds one kind, which is taken. Raises CheckpointError naming the
     tensors where the models differ in more than resolution and text length, where texts are to be longer than they were,
-    or where the words are not those of ``vocabulary``.
+    where the words are not those of ``vocabulary``, and where ``raw`` is asked of a file that holds the EMA.
     """
     if kind not in KINDS:
         raise ConfigError(f"train.init_weights {kind!r}", cure=f"one of {', '.join(KINDS)}")
     found = _concrete(Path(source)) or find_initial(source)
     origin: _Origin = _OfCheckpoint(found, kind) if found.is_dir() else _OfFile(found)
     try:
+        if kind == "raw" and origin.describe().get("weights") == "ema":
+            raise CheckpointError(
+                f"train.init_weights is raw, {found} holds the EMA",
+                cure="leave train.init_weights out, or longskip checkpoint export --weights raw",
+            )
         return _fitted(origin, found, config, vocabulary)
     except BaseException:
         origin.close()

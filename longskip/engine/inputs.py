@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from itertools import islice
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from longskip.engine.config import Config
+from longskip.engine.data.assembler import choose_caption
+from longskip.engine.data.captions import Captions
+from longskip.engine.data.draws import Draws
+from longskip.engine.data.features import FeatureBatch
 from longskip.engine.data.reader import Assembler, MicroBatch
-from longskip.engine.data.sources import Source
+from longskip.engine.data.shuffled import shuffled
+from longskip.engine.data.sources import FeatureSource, Source
 from longskip.engine.data.tokens import Vocabulary
 from longskip.engine.encoders import Encoders
 from longskip.engine.texts import EncodedTexts, NoTexts, StoredTexts, Texts, WordTexts
@@ -109,11 +115,27 @@ class Inputs:
         return scaled.permute(0, 2, 3, 1).cpu().numpy()
 
     def _stored(self, source: Source) -> StoredTexts:
-        first = np.arange(min(STORED_CAPTIONS, len(source)))
+        """Of samples drawn by ``train.seed`` from all of ``source``, and of the empty caption, which is stored apart.
+
+        Raises EncoderError for features that the model does not take, the empty caption's among them.
+        """
+        layout = self.assembler(source, caption_dropout=1.0).features  # checks the empty caption's shape too
+        assert layout is not None and layout.text is not None
+        stored, seed = cast(FeatureSource, source), self.config.train.seed
+        order, draws = islice(shuffled(source, seed), 16 * STORED_CAPTIONS), Draws(seed, "caption")
         known: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        for dropout, samples in ((0.0, first), (1.0, first[:1])):
-            batch = self.assembler(source, caption_dropout=dropout).assemble(np.zeros_like(samples), samples)
-            good = np.flatnonzero(batch.weight.numpy())  # latents of another bucket's size count as bad here
-            text, mask = batch.conditions["text"], batch.conditions["text_mask"]
-            known |= {batch.captions[i]: (text[i], mask[i]) for i in good}
-        return StoredTexts(known)
+        while len(known) < STORED_CAPTIONS and (samples := list(islice(order, STORED_CAPTIONS))):
+            count = len(samples)
+            text, mask = np.zeros((count, *layout.text), layout.text_dtype), np.zeros((count, layout.text[0]), np.uint8)
+            into = FeatureBatch(None, text, mask, [""] * count, [""] * count)
+
+            def choose(slot: int, captions: Captions, samples: list[int] = samples) -> int:
+                return choose_caption(captions, draws, 0, samples[slot])
+
+            stored.read_features(np.arange(count), np.array(samples), into, choose)
+            known |= {into.captions[i]: _tensors(text[i], mask[i]) for i in range(count) if i not in into.bad}
+        return StoredTexts(known | {"": _tensors(*stored.empty_text)})
+
+
+def _tensors(text: np.ndarray, mask: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.from_numpy(text.copy()), torch.from_numpy(mask.astype(bool))

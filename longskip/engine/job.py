@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from longskip.engine import checkpoint, faults, signals
+from longskip.engine import checkpoint, faults, initial, signals
 from longskip.engine.config import BatchPlan, Config
 from longskip.engine.costs import COUNTERS, StepCost
 from longskip.engine.data.plan import Cursor
 from longskip.engine.data.reader import MicroBatch, Reader
 from longskip.engine.data.sources import Source
 from longskip.engine.diffusion import Objective
-from longskip.engine.distributed import World, all_reduce_sum, peak_memory
+from longskip.engine.distributed import World, agree, all_reduce_sum, peak_memory
 from longskip.engine.inputs import Inputs
 from longskip.engine.metrics import Metrics
 from longskip.engine.optim import AdamW, ema_decay, learning_rate
@@ -76,6 +77,7 @@ class Job:
     validation: Validation
     started_at: int = 0
     stopping: bool = False  # agreed by all ranks; what this rank alone was asked is signals.asked()
+    _saved_at: int = -1
     _ledger_losses: list[float] = field(default_factory=list)
     _norm: float = 0.0
     _lr: float = 0.0
@@ -93,7 +95,9 @@ class Job:
         return self.state.step >= self.config.train.steps
 
     def evaluate(self) -> None:
-        values = self.validation.loss(self.engine, self.shards, self.objective)
+        """The validation loss; raises DataError on all ranks, the step saved, where a rank cannot read its pictures."""
+        with self._last_step_kept():
+            values = self.validation.loss(self.engine, self.shards, self.objective)
         if values is not None:
             self.metrics.record(self.state.step, values)
             self.metrics.say(
@@ -101,7 +105,11 @@ class Job:
             )
 
     def draw_samples(self) -> None:
-        """Draw the run's prompts; a failure is an incident, never the end of a training."""
+        """Draw the run's prompts. A LongskipError, which the ranks agree on, is an incident and the training goes on.
+
+        Any other error ends the run, loudly: it may be of one rank alone (memory that ran out, a library's fault), whose
+        neighbours are somewhere else in the same collectives; what is due to be saved at this step has been.
+        """
         try:
             folder = self.validation.samples(self.engine, self.shards, self.objective, self.run.path, self.state.step)
         except LongskipError as error:
@@ -129,9 +137,36 @@ class Job:
             self.incident("not_saved", str(error))
             self.metrics.say(f"step {self.state.step}  NOT SAVED, training goes on: {error}")
             return
+        self._saved_at = self.state.step
         self.metrics.say(f"step {self.state.step}  saved in {1000 * (time.monotonic() - begin):.0f} ms")
 
+    @contextmanager
+    def _last_step_kept(self) -> Iterator[None]:
+        """An error that all ranks raise together leaves the last finished step saved, when that is not done yet."""
+        try:
+            yield
+        except LongskipError as error:
+            if error.alike and self.state.step > max(self.started_at, self._saved_at):
+                self.save()
+            raise
+
     # --- the step -----------------------------------------------------------------------------------------------------
+
+    def read(self) -> list[MicroBatch]:
+        """This rank's micro-batches of the next step.
+
+        Where a rank cannot read its own, all raise the same DataError here, before any of them is in the collectives of
+        the step, and the last finished step is saved.
+        """
+        batches: list[MicroBatch] = []
+        failure = None
+        try:
+            batches = next(self.reader)
+        except LongskipError as error:
+            failure = error
+        with self._last_step_kept():
+            agree(failure, f"read its samples of step {self.state.step + 1}", self.world.device)
+        return batches
 
     def step(self, micro_batches: list[MicroBatch]) -> None:
         """One optimizer step on this rank's micro-batches of a global batch.
@@ -216,7 +251,7 @@ class Job:
         error = NonFiniteLossError(
             f"the {what} at step {self.state.step + 1}; no weight has moved since step {self.state.step}; "
             f"{self.run / 'incidents.jsonl'} lists the samples of every rank",
-            cure="lower optim.lr, set model.qk_norm: true, or train in fp32; the last checkpoint is intact",
+            cure=initial.lower_rate(self.run.path, self.config),
         )
         error.alike = True
         return error

@@ -37,6 +37,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -44,14 +45,16 @@ import torch
 from torch import Tensor
 
 from longskip.engine.data.draws import generator
+from longskip.engine.data.shuffled import shuffled
 from longskip.engine.diffusion import Ddpm, Objective, Predict
 from longskip.engine.ode import ddpm_path, flow_path, solve
+from longskip.engine.opening import sort_into_buckets
 from longskip.errors import ConfigError, DataError, LongskipError
 from longskip.kernels import backends
 
 if TYPE_CHECKING:
     from longskip.engine.data.reader import MicroBatch
-    from longskip.engine.data.sources import Source
+    from longskip.engine.data.sources import SizedSource
     from longskip.engine.inputs import Inputs
 
 FLOW_START, FLOW_START_OF_PIXELS = 1e-3, 1e-2
@@ -287,12 +290,25 @@ class _DdpmLevels:
 # --- a whole set --------------------------------------------------------------------------------------------------
 
 
-def batches_of(inputs: Inputs, source: Source, count: int, size: int = 32) -> Iterator[MicroBatch]:
-    """The first ``count`` samples of ``source`` as a run's model is fed them, ``size`` at a time."""
-    assembler = inputs.assembler(source)
-    for begin in range(0, min(count, len(source)), size):
-        numbers = np.arange(begin, min(begin + size, count, len(source)))
-        yield inputs.ready(assembler.assemble(np.zeros_like(numbers), numbers))
+def batches_of(
+    inputs: Inputs, source: SizedSource, count: int, size: int = 32, *, seed: int = 0
+) -> Iterator[MicroBatch]:
+    """``count`` samples of ``source`` as a run's model is fed them, bucket by bucket, at most ``size`` at a time.
+
+    They are the first of ``shuffled(source, seed)``. One that is in no bucket (its size is not known) counts as bad.
+    """
+    samples = np.fromiter(islice(shuffled(source, seed), count), dtype=np.int64)
+    assignment = sort_into_buckets(inputs.config, source, 1)
+    groups: list[tuple[tuple[int, int] | None, np.ndarray]] = [(None, samples)]
+    if assignment is not None:
+        codes = assignment.codes[samples]
+        groups = [(bucket, samples[codes == code]) for code, bucket in enumerate(assignment.buckets)]
+        groups.append((None, samples[codes >= len(assignment.buckets)]))
+    assembler = inputs.assembler(source, buckets=assignment.buckets if assignment else ())
+    for bucket, numbers in groups:
+        for begin in range(0, len(numbers), size):
+            part = numbers[begin : begin + size]
+            yield inputs.ready(assembler.assemble(np.zeros_like(part), part, bucket))
 
 
 def evaluate_likelihood(

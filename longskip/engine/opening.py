@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -64,6 +65,16 @@ def open_training(config: Config, *, check: bool = True) -> SizedSource:
     if not config.data.path:
         raise ConfigError("data.path is not set", cure="name a folder of shards, or of pictures with captions")
     return open_data(config, config.data.path, check=check)
+
+
+def described(source: SizedSource) -> dict[str, Any]:
+    """What run.json says of the data: the number of samples and the fingerprint."""
+    return {"samples": len(source), "fingerprint": source.fingerprint()}
+
+
+def draws_of(config: Config) -> dict[str, Any]:
+    """What is drawn for a sample in training, and never in validation: settings of an Assembler."""
+    return {"caption_dropout": config.diffusion.caption_dropout, "flip": config.data.flip, "crop": config.data.crop}
 
 
 def data_name(config: Config) -> str:

@@ -15,17 +15,17 @@ import torch
 from longskip import errors
 from longskip.engine import build, checkpoint, fitting, initial
 from longskip.engine.config import BatchPlan, Config
-from longskip.engine.costs import StepCost, step_cost
+from longskip.engine.costs import StepCost, few_image_tokens, step_cost
 from longskip.engine.data.buckets import Assignment
 from longskip.engine.data.reader import Reader
-from longskip.engine.data.sources import SizedSource, Source
+from longskip.engine.data.sources import SizedSource
 from longskip.engine.data.tokens import Vocabulary
 from longskip.engine.diffusion import objective_of
 from longskip.engine.distributed import World, broadcast_object
 from longskip.engine.inputs import Inputs
 from longskip.engine.job import Job, LoopState
 from longskip.engine.metrics import Metrics
-from longskip.engine.opening import data_name, open_training, plan_for, sort_into_buckets
+from longskip.engine.opening import data_name, described, draws_of, open_training, plan_for, sort_into_buckets
 from longskip.engine.runs import RunFolder
 from longskip.engine.validation import Validation
 from longskip.errors import DataError, LongskipError, RunMismatchError
@@ -49,16 +49,12 @@ def prepare(config: Config, run_path: Path, world: World) -> Job:
     vocabulary = build.words_of(run.path, config)
     inputs = Inputs(config, vocabulary, world.device, source)
     on_main(world, lambda: inputs.load(source))
-    draws: Any = {
-        "caption_dropout": config.diffusion.caption_dropout,
-        "flip": config.data.flip,
-        "crop": config.data.crop,
-    }
+    draws = draws_of(config)
     on_main(world, lambda: bool(inputs.assembler(source, **draws)))  # refuses what the data cannot be read with
     folder, complaints = checkpoint.newest_for_all(run.checkpoints, world.rank)
-    start: Any = on_main(world, lambda: _find_start(config, vocabulary, folder))
-    on_main(world, lambda: Validation(config, world, inputs, source).count)
-    validation = Validation(config, world, inputs, source)
+    start: Any = on_main(world, lambda: _find_start(config, vocabulary, run, claimed, folder))
+    on_main(world, lambda: Validation(config, world, inputs, source, batch.micro).check())
+    validation = Validation(config, world, inputs, source, batch.micro)
 
     model = build.build_model(config, len(vocabulary or ()))
     n_parameters = sum(math.prod(shape) for _, _, _, shape in model.canonical())
@@ -68,17 +64,15 @@ def prepare(config: Config, run_path: Path, world: World) -> Job:
     engine, optimizer, shards = build.build_engine(config, model, world, ds_config)
     costs = {bucket: step_cost(config, batch, n_parameters, bucket) for bucket in (*plan.buckets, None)}
     cost = costs[None]
-    summary = _summary(config, run, cost, batch, n_parameters, source)
+    summary = _summary(config, run, cost, batch, n_parameters, source) | ({"initial": start} if start else {})
     on_main(world, lambda: _settle(run, config, ds_config, summary, resuming))
 
     state = LoopState(plan.cursor())
     if folder is not None:
         state = LoopState.from_json(checkpoint.load(folder, shards))
     elif start is not None:
-        with initial.initial_values(start, config.train.init_weights, config, vocabulary) as values:
+        with initial.initial_values(start["from"], config.train.init_weights, config, vocabulary) as values:
             initial.apply(values, shards)
-            origin = values.describe()
-        on_main(world, lambda: run.note(initial=origin))
     on_main(world, lambda: ledger.append(run / "ledger.jsonl", ledger.Resumed(attempt, state.step)))
     reader = Reader(
         source,
@@ -147,13 +141,19 @@ def _free_memory(world: World) -> fitting.Free:
     return fitting.Free(host)
 
 
-def _find_start(config: Config, vocabulary: Vocabulary | None, saved: Path | None) -> str | None:
-    """Where a run without a checkpoint takes its first weights from, opened once to be refused now if it must be."""
+def _find_start(
+    config: Config, vocabulary: Vocabulary | None, run: RunFolder, claimed: dict[str, Any], saved: Path | None
+) -> dict[str, Any] | None:
+    """What run.json tells of the first weights where others begin the run: found at its first start, and kept.
+
+    They are opened once, to be refused now if they must be; a run with a checkpoint of its own needs them no more.
+    """
+    told: dict[str, Any] | None = claimed["initial"]
     if config.train.init_from is None or saved is not None:
-        return None
-    found = initial.find_initial(config.train.init_from)
-    initial.initial_values(found, config.train.init_weights, config, vocabulary).close()
-    return str(found)
+        return told
+    if claimed["resuming"]:
+        return initial.kept_start(run.path, told)
+    return initial.describe_start(config.train.init_from, config, vocabulary)
 
 
 def _begin_vocabulary(run: RunFolder, config: Config, source: SizedSource) -> None:
@@ -186,7 +186,7 @@ def on_main(world: World, act: Callable[[], object]) -> object:
 
 
 def _claim(run: RunFolder, config: Config) -> dict[str, Any]:
-    """Own the folder; whether it holds this run already, with what micro-batch it began, and the attempt's number."""
+    """Own the folder; whether it holds this run already, what it began with, and the attempt's number."""
     run.lock()
     try:
         resuming = run.check(config)
@@ -194,9 +194,10 @@ def _claim(run: RunFolder, config: Config) -> dict[str, Any]:
     except LongskipError:
         run.unlock()
         raise
-    saved = json.loads((run / "run.json").read_text("utf-8")) if resuming else {}
+    saved = run.summary() if resuming else {}
     attempts = (entry.attempt for entry in ledger.read(run / "ledger.jsonl").entries)
-    return {"resuming": resuming, "micro_batch": saved.get("micro_batch"), "attempt": 1 + max(attempts, default=0)}
+    begun = {"micro_batch": saved.get("micro_batch"), "initial": saved.get("initial")}
+    return {"resuming": resuming, "attempt": 1 + max(attempts, default=0)} | begun
 
 
 def _check(run: RunFolder, config: Config, batch: BatchPlan, device: torch.device, resuming: bool) -> None:
@@ -216,13 +217,7 @@ def _check(run: RunFolder, config: Config, batch: BatchPlan, device: torch.devic
 def _settle(run: RunFolder, config: Config, ds_config: dict[str, Any], summary: dict[str, Any], resuming: bool) -> None:
     """Write what the run is; on a resume refuse other data or another DeepSpeed JSON first (RunMismatchError)."""
     if resuming:
-        saved = json.loads((run / "run.json").read_text("utf-8"))
-        if saved.get("data", {}).get("fingerprint") != summary["data"]["fingerprint"]:
-            raise RunMismatchError(
-                f"{data_name(config)} is not the data that {run.path} was trained on "
-                f"({saved.get('data')} then, {summary['data']} now)",
-                cure="bring the data back, or give the new run its own train.name=…",
-            )
+        run.check_data(data_name(config), summary["data"])
         before = json.loads((run / "ds_config.json").read_text("utf-8"))
         # The stage and the ranks may change: checkpoints are read in any slices.
         derived = {
@@ -239,7 +234,7 @@ def _settle(run: RunFolder, config: Config, ds_config: dict[str, Any], summary: 
 
 
 def _summary(
-    config: Config, run: RunFolder, cost: StepCost, batch: BatchPlan, n_parameters: int, source: Source
+    config: Config, run: RunFolder, cost: StepCost, batch: BatchPlan, n_parameters: int, source: SizedSource
 ) -> dict[str, Any]:
     counts = config.backbone().param_counts()
     return {
@@ -250,7 +245,7 @@ def _summary(
         "flops_per_image": cost.model_flops // batch.total,
         "image_tokens": cost.image_tokens // batch.total,
         "tokens": cost.tokens // batch.total,
-        "data": {"samples": len(source), "fingerprint": source.fingerprint()},
+        "data": described(source),
         "kernels": {op: list(choice) for op, choice in backends.choices().items()},
     }
 
@@ -268,6 +263,8 @@ def _announce(job: Job, resuming: bool, n_parameters: int, meter: Meter, assignm
     if assignment is not None:
         for line in (*assignment.histogram.lines(), *assignment.histogram.warnings()):
             say(line)
+    if warning := few_image_tokens(config):
+        say(warning)
     if meter.reason:
         say(meter.reason)
     if resuming:

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from longskip import __version__
-from longskip.engine.config import Config, differing_keys
+from longskip.engine.config import Config
 from longskip.engine.configio import dump_yaml, parse_yaml, validate
-from longskip.errors import ConfigError, RunLockedError, RunMismatchError
+from longskip.engine.identity import differing_keys
+from longskip.errors import ConfigError, RunFolderError, RunLockedError, RunMismatchError
 
 RUNS = Path("runs")
 
@@ -141,6 +142,26 @@ class RunFolder:
             )
         return True
 
+    def summary(self) -> dict[str, Any]:
+        """What ``run.json`` says; nothing where there is none. Raises RunFolderError where it cannot be read."""
+        path = self / "run.json"
+        try:
+            summary = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        except (OSError, ValueError) as error:
+            raise RunFolderError(f"{path} cannot be read: {error}", cure="bring it back from a copy") from None
+        if not isinstance(summary, dict):
+            raise RunFolderError(f"{path} holds no JSON object", cure="bring it back from a copy")
+        return summary
+
+    def check_data(self, name: str, data: dict[str, Any]) -> None:
+        """Raise RunMismatchError unless ``data`` (``samples``, ``fingerprint``) is what this run was trained on."""
+        saved = self.summary().get("data", {})
+        if saved.get("fingerprint") != data["fingerprint"]:
+            raise RunMismatchError(
+                f"{name} is not the data that {self.path} was trained on ({saved} then, {data} now)",
+                cure="bring the data back, or give the new run its own train.name=…",
+            )
+
     def write_identity(self, config: Config, ds_config: dict[str, Any], summary: dict[str, Any]) -> None:
         """``config.yaml``, ``ds_config.json``, ``environment.json`` and ``run.json``, each atomically."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -151,9 +172,7 @@ class RunFolder:
 
     def note(self, **facts: Any) -> None:
         """Add to ``run.json``, or replace what it says."""
-        path = self / "run.json"
-        summary = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        write_atomic(path, json.dumps(summary | facts, indent=2))
+        write_atomic(self / "run.json", json.dumps(self.summary() | facts, indent=2))
 
 
 def environment() -> dict[str, Any]:

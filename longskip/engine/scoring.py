@@ -12,6 +12,7 @@ import torch
 from longskip.engine.clip import Clip, ClipScore
 from longskip.engine.config import Config, EvalGroup
 from longskip.engine.data.draws import generator
+from longskip.engine.data.shuffled import shuffled
 from longskip.engine.data.sources import Source
 from longskip.engine.diffusion import objective_of
 from longskip.engine.drawing import Drawing, draw, repeats_of
@@ -51,16 +52,15 @@ def prompts_of(config: Config, inputs: Inputs, count: int, seed: int) -> Prompts
 def captions_drawn(source: Source, texts: Texts, count: int, seed: int) -> tuple[list[str], int]:
     """``count`` captions, a function of ``seed``, and how many draws were left out: missing, unreadable or too long.
 
-    Samples are gone through in a random order, again and again where there are fewer than ``count``; of several
-    captions one is drawn by their weights each time.
+    Samples are gone through as ``shuffled`` orders them (of remote shards only as many are fetched as hold ``count``),
+    again and again where there are fewer than ``count``; of several captions one is drawn by their weights each time.
     """
     found: list[str] = []
-    order = generator(seed, 0, 0, "prompt-order").permutation(len(source)).tolist()
     left_out = 0
     turn = 0
     while len(found) < count:
         before = len(found)
-        for sample in order:
+        for sample in shuffled(source, seed):
             try:
                 captions, weights = zip(*source.captions(sample), strict=True)
                 within = generator(seed, turn, sample, "prompt").choice(

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from longskip.engine.optim import STATES, AdamW
+from longskip.errors import LongskipError
 
 Kind = Literal["weight", "exp_avg", "exp_avg_sq", "ema"]
 KINDS: tuple[Kind, ...] = ("weight", "exp_avg", "exp_avg_sq", "ema")
@@ -78,38 +79,51 @@ class Shards:
                 self._regather()
                 return
             for parameter in self.parameters:
-                full = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+                # Of −0.0 and not of 0.0: added to any number it leaves it as it is, −0.0 too.
+                full = torch.full((parameter.numel(),), -0.0, dtype=torch.float32, device=parameter.device)
                 pieces = [p for p in self.fragments if p.parameter is parameter]
                 for piece in pieces:
                     full[piece.start : piece.start + piece.numel] = self._of_fragment(piece, kind)
                 if self.stage > 0 and self.world > 1:
-                    torch.distributed.all_reduce(full)  # disjoint fragments: a sum with zeros is exact
+                    torch.distributed.all_reduce(full)  # disjoint fragments: the sum is exact
                 parameter.data.view(-1).copy_(full)
 
     @contextmanager
     def weights(self, kind: Kind) -> Iterator[None]:
-        """Compute with the EMA (or the raw weights) inside; bitwise the same state as before afterwards."""
+        """Compute with the EMA (or the raw weights) inside; bitwise the same state as before afterwards.
+
+        No second copy of the weights is made: the masters have them. After a LongskipError, which all ranks raise
+        together, all is as before too; after any other the rank is lost, and does not enter the collectives alone.
+        """
         if kind == "weight":
             yield
             return
-        saved = [self._storage(p).clone() for p in self.parameters]
-        self.publish(kind)
+        self._turn_to(kind, kind)
+        failure = None
         try:
             yield
-        finally:
-            with torch.no_grad():
-                for parameter, values in zip(self.parameters, saved, strict=True):
-                    self._storage(parameter).copy_(values)
-                if self.stage == 3:
-                    self._regather()
+        except LongskipError as error:
+            failure = error
+        self._turn_to("weight", kind)
+        if failure is not None:
+            raise failure
+
+    def _turn_to(self, wanted: Kind, other: Kind) -> None:
+        """Make the model compute with ``wanted``; ``other`` is the kind that is not the weights."""
+        if any(piece.master is not piece.parameter for piece in self.fragments):
+            self.publish(wanted)
+            return
+        # Stage 0 in fp32: the model computes with the masters themselves, which change places with the others.
+        with torch.no_grad():
+            for piece in self.fragments:
+                own, others = piece.master.data, self.optimizer.state_of(piece.master)[other]
+                kept = own.clone()
+                own.copy_(others)
+                others.copy_(kept)
 
     def _of_fragment(self, piece: Fragment, kind: Kind) -> torch.Tensor:
         whole = piece.master if kind == "weight" else self.optimizer.state_of(piece.master)[kind]
         return whole.detach().view(-1)[piece.position : piece.position + piece.numel]
-
-    def _storage(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """What this rank really holds of a parameter: its partition at stage 3, all of it below."""
-        return parameter.ds_tensor.data if self.stage == 3 else parameter.data  # type: ignore[attr-defined]
 
     def _regather(self) -> None:
         """Drop every gathered copy at stage 3, then gather the small parameters that stay gathered between steps.

@@ -151,7 +151,7 @@ class TensorFile:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.metadata: dict[str, str] = {}
-        for part in _shards_of(path):
+        for part in parts_of(path):
             self._open(part)
 
     def _open(self, part: Path) -> None:
@@ -203,7 +203,8 @@ class TensorFile:
             yield self.read(name, offset, min(PIECE, total - offset))
 
 
-def _shards_of(path: Path) -> list[Path]:
+def parts_of(path: Path) -> list[Path]:
+    """The safetensors files that ``path`` names: itself, or those of an index; CheckpointError for a broken index."""
     if not path.name.endswith(".index.json"):
         return [path]
     try:

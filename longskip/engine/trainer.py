@@ -16,17 +16,21 @@ __all__ = ["fit", "prepare", "train"]
 
 
 def fit(job: Job) -> int:
-    """Train from the job's step to ``train.steps``; returns the exit code (0 done, 75 saved on a signal)."""
+    """Train from the job's step to ``train.steps``; returns the exit code (0 done, 75 saved on a signal).
+
+    A step is saved before it is looked at: whatever goes wrong with the validation or the samples, its checkpoint lies
+    there. What a run cannot read, in training or validation, ends it on all ranks with the last finished step saved.
+    """
     while True:
+        if job.due(job.config.checkpoint.every) or (job.stopping and job.state.step > job.started_at):
+            job.save()
         if job.due(job.config.eval.every) and not job.stopping:
             job.evaluate()
         if job.due(job.config.logging.samples_every) and not job.stopping:
             job.draw_samples()
-        if job.due(job.config.checkpoint.every) or (job.stopping and job.state.step > job.started_at):
-            job.save()
         if job.finished or job.stopping:
             break
-        job.step(next(job.reader))
+        job.step(job.read())
         job.log()
     return EXIT_DONE if job.finished else EXIT_SAVED
 

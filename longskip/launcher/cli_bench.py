@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +13,18 @@ app = typer.Typer(help="Measure longskip beside what others would use, in one ru
 
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object, for machines")]
 OutOption = Annotated[Path | None, typer.Option(help="also write the result here: FILE.json, and FILE.md beside it")]
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _hand_out(result: dict[str, Any], text: str, as_json: bool, out: Path | None) -> None:
+    from longskip.engine.bench_common import save
+
+    if out is not None:
+        save(result, text, out)
+    print(json.dumps(result) if as_json else text)
 
 
 @app.command()
@@ -37,14 +49,9 @@ def step(
 
     result = bench_step(
         preset, depth=depth, width=width, batch=batch, ranks=ranks, steps=steps, repeats=repeats, seed=seed,
-        progress=lambda line: print(line, file=sys.stderr, flush=True),
+        progress=_tell,
     )  # fmt: skip
-    text = to_markdown(result)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-        out.with_suffix(".md").write_text(text, "utf-8")
-    print(json.dumps(result) if as_json else text)
+    _hand_out(result, to_markdown(result), as_json, out)
 
 
 @app.command()
@@ -72,11 +79,61 @@ def data(
         samples=samples,
         repeats=repeats,
         workers=workers,
-        progress=lambda line: print(line, file=sys.stderr, flush=True),
+        progress=_tell,
     )
-    text = to_markdown(result)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-        out.with_suffix(".md").write_text(text, "utf-8")
-    print(json.dumps(result) if as_json else text)
+    _hand_out(result, to_markdown(result), as_json, out)
+
+
+@app.command()
+def kernels(
+    op: Annotated[list[str] | None, typer.Option(help="only this op; may be repeated")] = None,
+    shapes: Annotated[
+        list[str] | None, typer.Option(help="only cases whose label contains this; may be repeated")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16 on a GPU, fp32 on a CPU")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="of every measurement: 50 on a GPU, 3 on a CPU")] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="try every configuration first and take the fastest")] = False,
+    save: Annotated[
+        bool, typer.Option("--save", help="keep what was fastest for `auto`, in your cache folder")
+    ] = False,
+    into_package: Annotated[
+        bool, typer.Option("--into-package", help="for developers: keep it in the package")
+    ] = False,
+    static: Annotated[
+        bool,
+        typer.Option("--static", help="compile for sm_80, sm_90 and sm_100 instead: registers, spills, instructions"),
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="write FILE.json and FILE.csv (--static: FILE.json and FILE.md)")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Every fused kernel beside its rivals: forward, backward and both, checked against float64 first.
+
+    Without a GPU the plain torch form is timed on the CPU and nothing is claimed; `--static` needs none.
+    """
+    given: list[str] = [part for name in op or () for part in ("--op", name)]
+    given += ["--json"] * as_json + (["--out", str(out)] if out else [])
+    if static:
+        from longskip.profiling import static as report
+
+        raise typer.Exit(report.main(given))
+    from longskip.profiling import bench
+
+    given += [part for name in shapes or () for part in ("--shapes", name)]
+    given += ["--dtype", dtype] if dtype else []
+    given += ["--repeats", str(repeats)] if repeats else []
+    given += ["--tune"] * tune + ["--save"] * save + ["--into-package"] * into_package
+    raise typer.Exit(bench.main(given))
+
+
+@app.command()
+def render(
+    file: Annotated[Path, typer.Argument(help="what `longskip bench kernels --out` wrote: FILE.json")],
+    out: Annotated[Path | None, typer.Option(help="the folder; by default FILE without its ending")] = None,
+) -> None:
+    """Pictures and a page of kernel measurements: a roofline with every kernel, and times beside the rivals'."""
+    from longskip.profiling.bench_render import render as write
+
+    for path in write(file, out):
+        print(path)

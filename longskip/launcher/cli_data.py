@@ -98,6 +98,11 @@ def lint(
         print(json.dumps(found.to_json()))
     else:
         print(f"{found.good:,} of {found.samples:,} samples can be trained on; {found.sha256_checked} shard(s) hashed")
+        if found.tables_unhashed:
+            print(
+                f"the index holds no hash of {found.tables_unhashed} table(s): picture sizes in them are taken as they "
+                f"are; longskip data index {path} adds the hashes"
+            )
         print(f"longest caption: {found.longest_caption} words")
         for reason, count in sorted(found.counts.items()):
             print(f"  {reason}: {count:,}")
@@ -114,7 +119,7 @@ def show(
     columns: Annotated[int, typer.Option(min=1)] = 8,
     seed: Annotated[int, typer.Option(min=0, help="which ones")] = 0,
 ) -> None:
-    """A contact sheet: pictures with their captions underneath, as one PNG."""
+    """A contact sheet: pictures (or latents, where there are no pictures) with their captions underneath, as one PNG."""
     from longskip.engine.data.show import contact_sheet
     from longskip.engine.data.sources import open_source
 

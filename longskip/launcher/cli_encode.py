@@ -24,7 +24,8 @@ Size = tuple[int, int]
 def encode(
     out: Annotated[Path, typer.Option(help="the folder for the feature shards")],
     shards: Annotated[
-        Path | None, typer.Argument(metavar="SHARDS", help="a folder of shards, or of pictures with captions")
+        str | None,
+        typer.Argument(metavar="SHARDS", help="a folder of shards (or its URL), or of pictures with captions"),
     ] = None,
     vae: Annotated[Path | None, typer.Option(help="the folder of an AutoencoderKL (diffusers)")] = None,
     text: Annotated[Path | None, typer.Option(help="the folder of a T5 or CLIP with its tokenizer")] = None,
@@ -43,6 +44,11 @@ def encode(
     keep_pictures: Annotated[bool, typer.Option("--keep-pictures", help="beside their latents")] = False,
     max_bad_share: Annotated[float, typer.Option(min=0, max=1, help="of samples that may be left out")] = 0.05,
     on_damage: Annotated[str, typer.Option(help="damaged bytes: stop, or skip (left out)")] = "stop",
+    remote: Annotated[str, typer.Option(help="how SHARDS at a URL are fetched: none, fsspec or webdataset")] = "none",
+    cache: Annotated[Path | None, typer.Option(help="where fetched shards lie; ~/.cache/longskip by default")] = None,
+    cache_gib: Annotated[
+        float, typer.Option(min=0, help="the most that fetched shards take: two for each process, or more")
+    ] = 64.0,
     finish: Annotated[bool, typer.Option("--finish", help="only write the index of what the ranks encoded")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object, for machines")] = False,
 ) -> None:
@@ -64,6 +70,9 @@ def encode(
         to_work = {
             "dtype": _one_of("--dtype", dtype, "fp16", "fp32"),
             "on_damage": _one_of("--on-damage", on_damage, "stop", "skip"),
+            "remote": _one_of("--remote", remote, "none", "fsspec", "webdataset"),
+            "cache": cache,
+            "cache_gib": cache_gib,
         }
         _one_of("--compute", compute, "fp32", "bf16")
         rank, world = _whole("RANK", 0), _whole("WORLD_SIZE", 1)

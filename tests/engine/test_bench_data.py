@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,32 @@ def test_the_result_is_plain_json_and_a_page(result: dict[str, Any]) -> None:
     assert result["command"] in page and "webdataset, default" in page and "WRONG" not in page
     assert "≥ 25" in page and "≥ 12" in page and "≤ 50" in page
     assert page.count("| as stored |") == 10
+    assert page.count("Floor: ") == 1  # of features
+
+
+def test_the_floor_reads_every_byte_that_is_read_and_ours_is_a_share_of_it(
+    result: dict[str, Any], shards: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert result["kinds"]["jpeg"]["floors"] == []
+    for floor, processes in zip(result["kinds"]["features"]["floors"], (1, 2), strict=True):
+        assert floor["processes"] == processes
+        assert floor["share_of_cpu"]["median"] > 0 and floor["share_of_rate"]["median"] > 0
+    rates = [{"samples_per_second": rate, "cpu_us": 1e6 / rate} for rate in (100.0, 50.0)]
+    found = bench_data.shares(1, [rates[0]], [rates[1]])
+    assert found["share_of_rate"]["median"] == found["share_of_cpu"]["median"] == 0.5
+    read: list[int] = []
+    crc32 = bench_pipelines.crc32
+    monkeypatch.setattr(bench_pipelines, "crc32", lambda data: read.append(crc32(data)))
+    count, _, _ = bench_pipelines._floor(shards[0], 1e-9, 0)
+    wanted = []
+    for path in sorted(shards[0].glob("*.tar")):
+        with tarfile.open(path) as tar:
+            members = [(one.name.partition(".")[0], one.offset_data, one.size) for one in tar]
+        data = path.read_bytes()
+        for key in sorted({name for name, _, _ in members}):
+            places = [(at, at + size) for name, at, size in members if name == key]
+            wanted.append(zlib.crc32(data[min(at for at, _ in places) : max(end for _, end in places)]))
+    assert count == len(wanted) and sorted(read) == sorted(wanted)
 
 
 @pytest.fixture(scope="module")

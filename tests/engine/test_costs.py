@@ -63,6 +63,21 @@ def test_frozen_text_needs_no_gradient(shapes: Path, checkpointing: int) -> None
     assert cost.hardware_flops == 2 * (counted.macs - counted.recomputed_macs)
 
 
+def test_the_layers_of_the_word_encoder_cost_what_they_execute(shapes: Path) -> None:
+    encoders = {"text": {"kind": "words", "depth": 2}}
+    config = small_config(shapes, encoders=encoders, train={"batch_size": 2})
+    built = build_model(config, 300, layout="named").materialize(0)
+    cost = step_cost(config, config.batch(1), n_parameters=1)
+    tokens, time = torch.ones(2, 16, dtype=torch.int64), torch.tensor([0.3, 0.6])
+
+    def step() -> None:
+        built(torch.randn(2, 3, 32, 32), time, tokens).square().sum().backward()
+
+    counted = count_flops(step)
+    assert cost.hardware_flops == 2 * (counted.macs - counted.recomputed_macs)
+    assert cost.model_flops == 3 * count_flops(lambda: built(torch.randn(2, 3, 32, 32), time, tokens)).flops
+
+
 def test_a_bucket_costs_what_its_size_costs(shapes: Path) -> None:
     config = small_config(shapes, train={"batch_size": 2})
     built = build_model(config, 300, layout="named").materialize(0)

@@ -27,6 +27,7 @@ from longskip.engine.texts import WordTexts
 from longskip.engine.validation import Validation
 from longskip.errors import ConfigError, DataError, EncoderError
 from longskip.launcher.tables import print_evaluation, score_lines
+from tests.engine.stored_features import write_features
 from tests.feature_networks import scripted, tiny_inception
 from tests.saved_runs import saved_run
 from tests.tiny_encoders import tiny_clip
@@ -185,6 +186,13 @@ def test_prompts_follow_the_weights_and_leave_out_what_cannot_be_drawn() -> None
         captions_drawn(Captioned(source.held[50:]), texts, 1, seed=0)  # type: ignore[arg-type]
 
 
+def test_statistics_of_latents_are_refused(home: Path, tmp_path: Path) -> None:
+    source = open_source(write_features(tmp_path / "features", 4))
+    with pytest.raises(DataError, match="holds features and no pictures") as caught:
+        gather(source, FeatureNetwork.load(home / "net.pt"), data="latents")
+    assert "longskip data stats on the pictures" in caught.value.cure
+
+
 def test_a_run_without_validation_draws_training_captions(home: Path, shapes: Path, tmp_path: Path) -> None:
     run = a_run(shapes, tmp_path / "run", data={"path": str(shapes / "train")})
     result = evaluate(run, statistics=str(home / "stats.npz"), network=str(home / "net.pt"), count=10, steps=2)
@@ -233,7 +241,7 @@ def test_loss_and_likelihood_are_of_the_runs_own_objective(shapes: Path, tmp_pat
     assert found["of"] == "8-bit pixels" and found["vlb"]["count"] == 3 and "ode" not in found
     assert found["fingerprint"] == source.fingerprint()
     again = evaluate_likelihood(
-        objective, loaded.model, batches_of(loaded.inputs, source, 3), methods=["vlb"], pixels=True, seed=2
+        objective, loaded.model, batches_of(loaded.inputs, source, 3, seed=2), methods=["vlb"], pixels=True, seed=2
     )
     assert found["vlb"]["nats"] == pytest.approx(again["vlb"]["nats"], rel=1e-6)
     (line,) = score_lines(result)
@@ -242,6 +250,7 @@ def test_loss_and_likelihood_are_of_the_runs_own_objective(shapes: Path, tmp_pat
 
 @pytest.mark.slow
 def test_the_likelihood_by_the_ode(home: Path) -> None:
+    (home / "run" / STEP).unlink(missing_ok=True)  # scores of other tests would be kept
     result = evaluate(home / "run", likelihood=["ode", "vlb"], count=2)
     assert result["likelihood"]["ode"]["divergence"] == "hutchinson" and result["likelihood"]["vlb"]["count"] == 2
     assert len(score_lines(result)) == 2

@@ -381,6 +381,7 @@ def test_diffusers_draws_what_longskip_draws(shapes: Path, tmp_path: Path) -> No
     runs = {
         "trained": trained,
         "v": saved_run(tmp_path / "v", diffusion={"prediction": "v"}, model={"qk_norm": True, "adaln": True}),
+        "words": saved_run(tmp_path / "words", encoders={"text": {"kind": "words", "width": 20, "depth": 2}}),
         "shifted": saved_run(
             tmp_path / "shifted", diffusion={"shift": 2.5}, encoders={"vae": vae, "text": clip}, model=small
         ),

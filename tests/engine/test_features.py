@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 from safetensors.numpy import save_file
 
-from longskip.engine.data import features, sources
+from longskip.engine.data import features, sources, spans
+from longskip.engine.data import reader as reader_module
 from longskip.engine.data.assembler import Assembler, MicroBatch
 from longskip.engine.data.draws import generator
 from longskip.engine.data.index import build_index, load_index, load_table
@@ -70,6 +71,12 @@ def write(folder: Path, samples: Any, encoders: Any = None) -> Path:
     return folder
 
 
+@pytest.fixture(params=[1, 1 << 12], ids=["straight", "aside"])
+def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """These rows are small; they are also read as large ones are."""
+    monkeypatch.setattr(spans, "STRAIGHT", request.param)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("features") / "shards", (sample(i) for i in range(SAMPLES)))
@@ -114,6 +121,7 @@ def rows(batch: MicroBatch) -> list[tuple[bytes, bytes, list[bool], str]]:
     ]
 
 
+@pytest.mark.usefixtures("ways")
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_batches_hold_the_stored_bytes(tmp_path: Path, dtype: type) -> None:
     place = write(tmp_path / "shards", (sample(i, dtype) for i in range(SAMPLES)))
@@ -135,6 +143,7 @@ def test_batches_hold_the_stored_bytes(tmp_path: Path, dtype: type) -> None:
     assert len(read.assemble([], [])) == 0
 
 
+@pytest.mark.usefixtures("ways")
 def test_samples_with_one_caption_are_read_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fast way is really taken, or else its speed would be gone without a test that fails."""
     read = assembler(folder)
@@ -204,6 +213,7 @@ class Executed:
         return open, (str(self.path), "w")
 
 
+@pytest.mark.usefixtures("ways")
 def test_bad_features_are_bad_samples(tmp_path: Path) -> None:
     good = {name: npy(array) for name, array in arrays(2).items()}
     objects = np.array([Executed(tmp_path / "executed")], dtype=object)
@@ -277,6 +287,7 @@ def write_tar(path: Path, samples: list[dict[str, bytes | None]], between: int =
                         tar.addfile(info, io.BytesIO(content))
 
 
+@pytest.mark.usefixtures("ways")
 @pytest.mark.parametrize("between", [0, 3000, 20000])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_any_order_and_distance_of_members_gives_the_same(tmp_path: Path, between: int, mixed: bool) -> None:
@@ -357,6 +368,7 @@ def test_features_that_do_not_fit_the_model_are_refused(folder: Path, change: An
         Reader(source, Plan(len(source), 4), None, micro=4, **settings)
 
 
+@pytest.mark.usefixtures("ways")
 @pytest.mark.parametrize("member", ["latent.npy", "text.npy", "mask.npy", "txt"])
 @pytest.mark.parametrize("at", [20, -1])  # in a header, in the numbers
 def test_damage_is_found_whatever_it_hits(tmp_path: Path, member: str, at: int) -> None:
@@ -442,10 +454,29 @@ def test_workers_read_the_same_and_held_batches_stay_as_they_are(folder: Path) -
         assert [[everything(batch) for batch in step] for step in held] == wanted[::3]
 
 
-def test_worker_memory_is_used_again(folder: Path) -> None:
+@pytest.mark.parametrize(("grouped", "slots"), [(1, 1 * 4 + 2 + 1), (12, 1 * 2 + 2 + 1)])
+def test_worker_memory_is_used_again(folder: Path, monkeypatch: pytest.MonkeyPatch, grouped: int, slots: int) -> None:
+    monkeypatch.setattr(reader_module, "GROUPED", grouped)
     with reader(folder, 1) as read:
-        places = [next(read)[0].clean.data_ptr() for _ in range(20)]
-    assert len(set(places)) <= 1 * 4 + 2 + 1
+        places = [next(read)[0].clean.untyped_storage().data_ptr() for _ in range(20)]
+    assert 1 < len(set(places)) <= slots
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_groups_of_micro_batches_are_those_read_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """Bad samples stay with their micro-batch, and a step may lie in two groups."""
+    bad: dict[str, Any] = {"latent.npy": npy(np.zeros((4, 6, 4), np.float16))}
+    place = write(tmp_path / "shards", (sample(i) | (bad if i % 4 == 2 else {}) for i in range(SAMPLES)))
+    monkeypatch.setattr(reader_module, "GROUPED", 1)
+    with reader(place, 0) as read:
+        wanted = [[(everything(batch), batch.bad) for batch in next(read)] for _ in range(9)]
+    assert sum(len(bad) for step in wanted for _, bad in step) == 9 * 8 // 4
+    for grouped in (12, 256):
+        monkeypatch.setattr(reader_module, "GROUPED", grouped)
+        with reader(place, workers) as read:
+            assert [[(everything(batch), batch.bad) for batch in next(read)] for _ in range(9)] == wanted
 
 
 def test_workers_hand_over_errors_of_shards(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_refused_before_the_first_step(
         ({"encoders": {"vae": {"scale": 0.5}}}, EncoderError, "scale"),
         ({"encoders": {"text": {"kind": "t5"}}}, EncoderError, "kind"),
         ({"model": {"resolution": 64}}, EncoderError, "resolution"),
-        ({"encoders": {"vae": {"kind": "none"}}, "model": {"patch": 8}}, EncoderError, "latents"),
+        ({"encoders": {"vae": {"kind": "none", "factor": 8}}, "model": {"patch": 8}}, EncoderError, "latents"),
     ]
     from longskip.engine.configio import merge, validate
 

@@ -16,6 +16,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from longskip.engine.config import Config, DiffusionGroup
+from longskip.engine.data.plan import permute
 from longskip.engine.data.reader import MicroBatch
 from longskip.engine.data.sources import open_source
 from longskip.engine.data.tokens import Vocabulary
@@ -367,8 +368,9 @@ def test_a_run_on_pictures_goes_through(kind: str, prediction: str, shapes: Path
     inputs = Inputs(config, vocabulary, torch.device("cpu"))
     source, target = open_source(shapes / "validation"), objective_of(config.diffusion)
     settings = {"n_times": 8, "probes": 2, "rtol": 1e-2, "atol": 1e-2, "pixels": True}
-    batches = list(batches_of(inputs, source, 3, size=2))
-    assert [batch.samples.tolist() for batch in batches] == [[0, 1], [2]]
+    batches = list(batches_of(inputs, source, 3, size=2, seed=6))
+    drawn = permute(np.arange(3), len(source), 6, 0).tolist()
+    assert [batch.samples.tolist() for batch in batches] == [drawn[:2], drawn[2:]] and drawn != sorted(drawn)
     result = evaluate_likelihood(target, model, batches, **settings)
     assert json.loads(json.dumps(result)) == result
     assert (result["objective"], result["prediction"], result["dims"], result["bad"]) == (kind, prediction, 3072, 0)

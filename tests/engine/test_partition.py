@@ -34,7 +34,8 @@ def _write_slices(config: Config, folder: Path) -> None:
 @pytest.mark.parametrize("layout", ["flat", "named"])
 @pytest.mark.parametrize("world", [2, 3])
 def test_shards_are_those_of_zero3(tmp_path: Path, layout: str, world: int) -> None:
-    config = small_config(tmp_path, engine={"layout": layout}, train={"batch_size": 12})
+    text = {"kind": "words", "depth": world - 2}  # with and without layers of the word encoder
+    config = small_config(tmp_path, engine={"layout": layout}, train={"batch_size": 12}, encoders={"text": text})
     assert run_ranks(world, _write_slices, config, tmp_path) == [0] * world
     real: list[Any] = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world)]
     closed = partition.shards(config, VOCABULARY, world)

@@ -50,6 +50,19 @@ class MicroBatch:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def split(self, size: int) -> list[MicroBatch]:
+        """Micro-batches of ``size`` samples each, over the same memory."""
+        bad_before = np.cumsum([0, *(self.weight.numpy() == 0)]).tolist()  # ``bad`` is in the order of the slots
+        parts = []
+        for start in range(0, len(self), size):
+            part = slice(start, start + size)
+            values = {item.name: getattr(self, item.name) for item in fields(self)}
+            values = {name: value[part] for name, value in values.items() if name not in ("conditions", "bad")}
+            values["conditions"] = {name: value[part] for name, value in self.conditions.items()}
+            values["bad"] = self.bad[bad_before[start] : bad_before[min(start + size, len(self))]]
+            parts.append(MicroBatch(**values))
+        return parts
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> MicroBatch:
         """The same micro-batch with its tensors on ``device``."""
         moved: dict[str, Any] = {

@@ -29,7 +29,9 @@ from longskip.engine.data.encoding import Encoding, check_share, npy_bytes, reas
 from longskip.engine.data.features import EMPTY_NAME
 from longskip.engine.data.index import refuse_url, write_atomically
 from longskip.engine.data.pack import PER_SHARD, caption_members, image_extension
+from longskip.engine.data.remote import RemoteSource, open_remote
 from longskip.engine.data.sources import FolderSource, ShardSource, Source, open_source
+from longskip.engine.data.transport import is_url
 from longskip.engine.encoders import Encoders
 from longskip.errors import BadSampleError, ConfigError, DataError
 
@@ -99,17 +101,21 @@ def encode_shards(
     workers: int = 4,
     max_bad_share: float = 0.05,
     on_damage: Literal["stop", "skip"] = "stop",
+    remote: str = "none",
+    cache: str | os.PathLike[str] | None = None,
+    cache_gib: float = 64.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> EncodeReport:
     """Encodes this rank's shards of the data at ``path`` into ``out``; the last rank to end writes ``index.json``.
 
     The data are indexed shards, or a plain folder of pictures, which makes shards of ``per_shard`` samples with
-    nine-digit keys. What ``encoders`` has is encoded: latents, text features or both; without latents the pictures must
-    be kept. Pictures are cut to ``encoders.resolution``, or each to the nearest of ``buckets`` ((H, W) pixels).
-    Features are stored in ``dtype``. Rank r takes every ``world``-th shard; ranks share nothing but ``out``. Started
-    again, a call keeps the shards whose SHA-256 is the recorded one and writes the others, to the same bytes (with the
-    same ``batch``, whose size decides the rounding of products). ``workers`` threads read and decode; ``progress`` is
-    called with the samples done and all samples of this rank.
+    nine-digit keys. Shards at a URL are fetched one after the other, the next one ahead, by the transport ``remote``
+    into ``cache`` within ``cache_gib``, as ``open_remote``. What ``encoders`` has is encoded: latents, text features or
+    both; without latents the pictures must be kept. Pictures are cut to ``encoders.resolution``, or each to the nearest
+    of ``buckets`` ((H, W) pixels). Features are stored in ``dtype``. Rank r takes every ``world``-th shard; ranks share
+    nothing but ``out``. Started again, a call keeps the shards whose SHA-256 is the recorded one and writes the others,
+    to the same bytes (with the same ``batch``, whose size decides the rounding of products). ``workers`` threads read
+    and decode; ``progress`` is called with the samples done and all samples of this rank.
 
     Raises ``ConfigError`` for settings that cannot be, ``EncoderError`` for a folder that was encoded otherwise,
     ``DataError`` where more than ``max_bad_share`` of the samples are bad, ``RunLockedError`` where another process
@@ -117,9 +123,16 @@ def encode_shards(
     """
     started = time.perf_counter()
     _check(encoders, dtype, batch, buckets, keep_pictures, rank, world, per_shard, max_bad_share)
-    if refuse_url(path).absolute() == refuse_url(out).absolute():
+    refuse_url(out)
+    source: FolderSource | ShardSource
+    if is_url(path):
+        source = open_remote(
+            str(path), transport=remote, cache=cache, cache_gib=cache_gib, window_shards=1, on_damage=on_damage
+        )
+    elif refuse_url(path).absolute() == Path(out).absolute():
         raise ConfigError(f"{out} is the folder that is encoded", cure="give --out another folder")
-    source = open_source(path, on_damage=on_damage)
+    else:
+        source = open_source(path, on_damage=on_damage)
     shards = _shards(source, per_shard)
     made_with = _made_with(encoders)
     encoding = Encoding(Path(out))
@@ -159,7 +172,11 @@ def encode_shards(
                 progress(done, total)
 
         with ThreadPoolExecutor(workers, thread_name_prefix="longskip-encode") as pool:
-            for shard in todo:
+            for number, shard in enumerate(todo):
+                if isinstance(source, RemoteSource):
+                    source.ahead(
+                        source.locate(np.array([each.first for each in todo[number : number + 2]]))[0].tolist()
+                    )
                 left_out: list[Bad] = []
                 windows = work.windows(pool, shard, left_out)
                 samples = _limited(windows, bad, left_out, len(source), max_bad_share, tell)
@@ -167,6 +184,8 @@ def encode_shards(
                 report.encoded += 1
                 report.samples += record.samples
                 bad += record.bad
+    if isinstance(source, RemoteSource):
+        source.close()
     report.bad = reasons(bad)
     if not encoding.unfinished():
         encoding.finish(max_bad_share)

@@ -22,6 +22,7 @@ import numpy as np
 
 from longskip.engine.config import leaves
 from longskip.engine.data.features import EMPTY_NAME
+from longskip.engine.data.hashes import file_sha256
 from longskip.engine.data.index import (
     INDEX_NAME,
     Index,
@@ -32,7 +33,6 @@ from longskip.engine.data.index import (
     write_atomically,
     write_table,
 )
-from longskip.engine.data.lint import file_sha256
 from longskip.errors import ConfigError, DataError, EncoderError, RunLockedError, ShardError
 
 VERSION = 1

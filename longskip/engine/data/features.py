@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from longskip.engine.data.captions import MAX_TEXT_BYTES, Captions, captions_of
-from longskip.engine.data.crc import crc32
-from longskip.engine.data.npy import STORED, array_of, header_of
+from longskip.engine.data.npy import STORED, array_of
+from longskip.engine.data.spans import Wanted, alike, bare
 from longskip.errors import BadSampleError, ShardError
 
 if TYPE_CHECKING:
@@ -28,10 +28,6 @@ if TYPE_CHECKING:
 LATENT, TEXT, MASK = "latent.npy", "text.npy", "mask.npy"
 EMPTY_NAME = "empty.safetensors"
 MAX_FEATURE_BYTES = 1 << 28
-
-_HEAD = 128  # numpy's header of any array this small
-_GAP = 1 << 13  # bytes between members that are read along: tar headers, padding
-_ASIDE = 1 << 16
 
 Choose = Callable[[int, Captions], int]
 
@@ -125,40 +121,6 @@ def _probe(source: ShardSource, kind: str, part: str, *axes: int) -> np.ndarray:
     return array
 
 
-class _Wanted(NamedTuple):
-    """A kind of member that goes into an array of the batch, one row of it per slot."""
-
-    kind: str
-    rows: list[memoryview]
-    size: int  # of the whole member, where it holds one row
-    dtype: np.dtype
-    shapes: tuple[tuple[int, ...], ...]
-    heads: set[bytes]  # headers that were found to fit
-
-    def fits(self, head: bytes) -> bool:
-        if head in self.heads:
-            return True
-        try:
-            header = header_of(head)
-        except BadSampleError:
-            return False
-        fits = header.offset == len(head) and header.dtype == self.dtype and header.shape in self.shapes
-        if fits:
-            self.heads.add(head)
-        return fits
-
-
-_Layout = list[tuple[str, int, _Wanted | None]]
-"""(kind, where a record has its offset, size and crc32, where it goes if it is an array) in the order of the file."""
-
-
-def _wanted(kind: str, array: np.ndarray, *, captions: bool) -> _Wanted:
-    shape = array.shape[1:]
-    flat, stride = array.reshape(-1).view(np.uint8).data, array[0].nbytes
-    rows = [flat[i : i + stride] for i in range(0, array.nbytes, stride)]
-    return _Wanted(kind, rows, stride + _HEAD, array.dtype, (shape, (1, *shape)) if captions else (shape,), set())
-
-
 def read_features(
     source: ShardSource, slots: Sequence[int] | np.ndarray, samples: np.ndarray, into: FeatureBatch, choose: Choose
 ) -> None:
@@ -171,18 +133,32 @@ def read_features(
     """
     if not len(samples):
         return
-    batch = _Batch(source, into, choose)
     order = np.argsort(samples, kind="stable")  # a shard's samples together, in the order of the file
     shards, rows = source.locate(samples[order])
     chosen = np.asarray(slots)[order].tolist()
     starts = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(order)]
+    groups: dict[Any, _Group] = {}  # by what the rows of a table look like
     for start, stop in pairwise(starts):
-        if start < stop:
-            batch.read(int(shards[start]), rows[start:stop], chosen[start:stop])
+        shard = int(shards[start])
+        descriptor, table, names = source.opened(shard)
+        group = groups.setdefault((names, table.itemsize), _Group(table.dtype, [], []))
+        group.samples.extend((shard, descriptor, slot) for slot in chosen[start:stop])
+        group.records.append(bare(table)[rows[start:stop]])
+    batch = _Batch(source, into, choose)
+    for group in groups.values():
+        batch.read(group.samples, np.concatenate(group.records).view(group.dtype))
     if into.mask is not None:
-        for slot in np.flatnonzero(into.mask.max(axis=1, initial=0) > 1).tolist():
-            if slot in slots and slot not in into.bad:
+        for slot in chosen if into.mask.max() > 1 else ():
+            if into.mask[slot].max() > 1 and slot not in into.bad:
                 into.bad[slot] = BadSampleError("mask_values", f"the mask of {into.keys[slot]} has values above 1")
+
+
+class _Group(NamedTuple):
+    """Samples of shards whose tables are made alike."""
+
+    dtype: np.dtype
+    samples: list[tuple[int, int, int]]  # shard, its descriptor, slot
+    records: list[np.ndarray]  # the tables' rows, as bytes
 
 
 class _Batch:
@@ -190,95 +166,53 @@ class _Batch:
 
     def __init__(self, source: ShardSource, into: FeatureBatch, choose: Choose) -> None:
         self.source, self.into, self.choose = source, into, choose
-        self.wanted: dict[str, _Wanted] = {}
+        self.wanted: dict[str, Wanted] = {}
         if into.latents is not None:
-            self.wanted[LATENT] = _wanted(LATENT, into.latents, captions=False)
+            self.wanted[LATENT] = Wanted(LATENT, into.latents, (into.latents.shape[1:],))
         if into.text is not None and into.mask is not None:
-            self.wanted[TEXT] = _wanted(TEXT, into.text, captions=True)
-            self.wanted[MASK] = _wanted(MASK, into.mask, captions=True)
-        self.aside = memoryview(bytearray(_ASIDE))
-        self.layouts: dict[tuple[str, ...], _Layout] = {}
+            for kind, array in ((TEXT, into.text), (MASK, into.mask)):
+                self.wanted[kind] = Wanted(kind, array, (array.shape[1:], (1, *array.shape[1:])))
 
-    def read(self, shard: int, rows: np.ndarray, slots: Sequence[int]) -> None:
-        into, wants_text = self.into, self.into.text is not None
-        descriptor, table, names = self.source.opened(shard)
-        records = table[rows].tolist()
-        layout = self.layouts.get(names)
-        if layout is None:
-            layout = self.layouts[names] = self._layout(names, records[0])
-        for slot, record in zip(slots, records, strict=True):
-            into.keys[slot] = record[0].decode("utf-8", "replace")
+    def read(self, samples: Sequence[tuple[int, int, int]], records: np.ndarray) -> None:
+        """Fills the slots of (shard, its descriptor, slot), given their rows of the tables."""
+        into, names, wanted = self.into, records.dtype.names or (), list(self.wanted.values())
+        for (_, _, slot), key in zip(samples, records["key"].tolist(), strict=True):
+            into.keys[slot] = key.decode("utf-8", "replace")
+        texts = [kind for kind in ("txt", "json") if f"{kind}_offset" in names]
+        if hasattr(os, "preadv") and all(f"{kind}_offset" in names for kind in self.wanted):
+            groups = alike(records, wanted, texts)
+        else:
+            groups = iter([(np.arange(len(records)), None)])
+        for group, span in groups:
+            alone = group.tolist()
+            if span is not None:
+                chosen = [samples[i] for i in alone]
+                slots = [slot for _, _, slot in chosen]
+                those = bare(records)[group].view(records.dtype)
+                whole, found = span.read([descriptor for _, descriptor, _ in chosen], those, slots, wanted)
+                self._take_captions(slots, whole.tolist(), found)
+                alone = group[~whole].tolist()
+            for i in alone:
+                shard, descriptor, slot = samples[i]
+                try:
+                    self._with_care(shard, descriptor, dict(zip(names, records[i].item(), strict=True)), slot)
+                except BadSampleError as error:
+                    into.bad[slot] = error
+
+    def _take_captions(self, slots: Sequence[int], whole: Sequence[bool], texts: Mapping[str, Sequence[bytes]]) -> None:
+        """The captions of samples that were read at once, one row of text features each."""
+        into, nothing = self.into, [None] * len(slots)
+        for slot, there, txt, json in zip(
+            slots, whole, texts.get("txt", nothing), texts.get("json", nothing), strict=True
+        ):
             try:
-                texts = self._at_once(descriptor, record, layout, slot)
-                if texts is None:
-                    self._with_care(shard, descriptor, dict(zip(names, record, strict=True)), slot)
-                    continue
-                captions = captions_of(texts.get("txt"), texts.get("json"), self.source.fields)
-                if len(captions) == 1:
-                    into.captions[slot] = captions[0][0]
-                elif wants_text:
-                    raise _rows_differ(TEXT, 1, captions)
-                else:
-                    into.captions[slot] = captions[self.choose(slot, captions)][0]
+                if there:
+                    captions = captions_of(txt, json, self.source.fields)
+                    if len(captions) > 1 and into.text is not None:
+                        raise _rows_differ(TEXT, 1, captions)
+                    into.captions[slot] = captions[0 if len(captions) == 1 else self.choose(slot, captions)][0]
             except BadSampleError as error:
                 into.bad[slot] = error
-
-    def _layout(self, names: tuple[str, ...], record: Sequence[Any]) -> _Layout:
-        """The members to read, as they follow each other in this sample; in another order they are read with care."""
-        kinds = [kind for kind in (*self.wanted, "txt", "json") if f"{kind}_offset" in names]
-        if len(self.wanted.keys() & set(kinds)) < len(self.wanted) or not hasattr(os, "preadv"):
-            return []
-        places = sorted((names.index(f"{kind}_offset"), kind) for kind in kinds)
-        return [(kind, place, self.wanted.get(kind)) for place, kind in sorted(places, key=lambda at: record[at[0]])]
-
-    def _at_once(self, descriptor: int, record: Sequence[Any], layout: _Layout, slot: int) -> dict[str, bytes] | None:
-        """The sample's texts, its arrays read to their slots; None where anything is unusual."""
-        aside = self.aside
-        pieces: list[memoryview] = []
-        arrays: list[tuple[memoryview, memoryview, int, _Wanted]] = []
-        texts: dict[str, tuple[memoryview, int]] = {}
-        start = position = -1
-        used = 0
-        for kind, place, wanted in layout:
-            offset, size, crc = record[place : place + 3]
-            if size < 0:
-                if wanted is not None:
-                    return None
-                continue
-            if start < 0:
-                start = position = offset
-            begin = used + offset - position
-            if not used <= begin <= used + _GAP:
-                return None
-            if wanted is None:
-                end = begin + size
-                texts[kind] = aside[begin:end], crc
-            else:
-                if size != wanted.size:
-                    return None
-                end = begin + _HEAD
-            if end > _ASIDE:
-                return None
-            pieces.append(aside[used:end])
-            if wanted is not None:
-                row = wanted.rows[slot]
-                pieces.append(row)
-                arrays.append((aside[begin:end], row, crc, wanted))
-            used, position = end, offset + size
-        try:
-            if not arrays or os.preadv(descriptor, pieces, start) != position - start:
-                return None
-        except OSError:
-            return None
-        for head, row, crc, wanted in arrays:
-            if crc32(row, crc32(head)) != crc or not wanted.fits(bytes(head)):
-                return None
-        found = {}
-        for kind, (text, crc) in texts.items():
-            if crc32(text) != crc:
-                return None
-            found[kind] = bytes(text)
-        return found
 
     def _with_care(self, shard: int, descriptor: int, row: dict[str, Any], slot: int) -> None:
         """Member by member. Raises ``BadSampleError``, or ``ShardError`` where the source stops at damage."""
@@ -294,9 +228,10 @@ class _Batch:
             except BadSampleError as error:
                 raise BadSampleError(error.reason, f"the {kind} of {key}: {error.message}") from error
             wanted = self.wanted[kind]
-            if found.dtype != wanted.dtype:
+            if found.dtype != wanted.array.dtype:
                 raise BadSampleError(
-                    "feature_dtype", f"the {kind} of {key} is {found.dtype}, expected {wanted.dtype} as in the others"
+                    "feature_dtype",
+                    f"the {kind} of {key} is {found.dtype}, expected {wanted.array.dtype} as in the others",
                 )
             shape = wanted.shapes[0]
             rows = found if found.ndim == len(shape) + 1 and len(wanted.shapes) > 1 else found[None]

@@ -18,13 +18,14 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from longskip.engine.data.decode import picture_size
+from longskip.engine.data.hashes import file_sha256
 from longskip.engine.data.npy import MAX_HEADER, header_of
 from longskip.errors import BadSampleError, ShardError
 
@@ -37,6 +38,8 @@ SEEN = ("image", "latent.npy")
 """What a model can be shown: a shard holds at least one of these kinds."""
 REFUSED = frozenset({"pyd", "pkl", "pickle", "pth", "pt", "ckpt", "joblib", "dill"})
 
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
 _BLOCK = 512
 _END = 2 * _BLOCK
 _URL = re.compile(r"^\s*[A-Za-z][A-Za-z0-9+.-]+:|://")
@@ -45,13 +48,17 @@ _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\\\\\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard as ``index.json`` lists it; ``file`` is relative to the index, ``members`` counts them by kind."""
+    """One shard as ``index.json`` lists it; ``file`` is relative to the index, ``members`` counts them by kind.
+
+    ``table_sha256`` is that of the table's file; None in an index made before tables were hashed.
+    """
 
     file: str
     count: int
     bytes: int
     sha256: str
     members: Mapping[str, int] = field(default_factory=dict)
+    table_sha256: str | None = None
 
     @property
     def table(self) -> str:
@@ -84,13 +91,18 @@ class Index:
         """What ``index.json`` holds; nothing of it depends on where the folder lies."""
         shards = [
             {"file": s.file, "count": s.count, "bytes": s.bytes, "sha256": s.sha256, "members": dict(s.members)}
+            | ({} if s.table_sha256 is None else {"table_sha256": s.table_sha256})
             for s in self.shards
         ]
         return {"version": VERSION, "total": self.total, "shards": shards, "encoders": dict(self.encoders)}
 
     def fingerprint(self) -> str:
-        """SHA-256 over the content of the index: the identity of the data, wherever they lie."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+        """SHA-256 over the content of the index: the identity of the data, wherever they lie.
+
+        Without the tables' hashes: tables follow from the shards, and data indexed again stay the same data.
+        """
+        bare = replace(self, shards=tuple(replace(shard, table_sha256=None) for shard in self.shards))
+        return hashlib.sha256(json.dumps(bare.to_json(), sort_keys=True).encode()).hexdigest()
 
 
 def table_name(file: str) -> str:
@@ -236,8 +248,9 @@ def index_shard(path: Path, file: str | None = None) -> tuple[ShardEntry, np.nda
             sha256 = hashlib.sha256(view).hexdigest()
         finally:
             view.release()
-    entry = ShardEntry(file or path.name, len(rows), size, sha256, {kind: counts[kind] for kind in kinds})
-    return entry, table
+    numbers = {kind: counts[kind] for kind in kinds}
+    table_sha256 = hashlib.sha256(_table_bytes(table)).hexdigest()
+    return ShardEntry(file or path.name, len(rows), size, sha256, numbers, table_sha256), table
 
 
 def _latent_size(data: mmap.mmap, offset: int, length: int) -> tuple[int, int]:
@@ -274,9 +287,13 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def write_table(path: Path, table: np.ndarray) -> None:
     """Saves a table as ``.npy`` without pickle."""
+    write_atomically(path, _table_bytes(table))
+
+
+def _table_bytes(table: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, table, allow_pickle=False)
-    write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def save_index(index: Index) -> Path:
@@ -372,11 +389,17 @@ def _entry(item: dict[str, Any]) -> ShardEntry:
     for name in ("count", "bytes"):
         if isinstance(item[name], bool) or not isinstance(item[name], int) or item[name] < 1:
             raise ValueError(f"{file}: {name} is {item[name]!r}")
-    return ShardEntry(file, item["count"], item["bytes"], str(item["sha256"]), dict(item.get("members", {})))
+    of_table = item.get("table_sha256")
+    if of_table is not None and not SHA256.fullmatch(str(of_table)):
+        raise ValueError(f"{file}: table_sha256 is {str(of_table)[:80]!r}")
+    return ShardEntry(file, item["count"], item["bytes"], str(item["sha256"]), dict(item.get("members", {})), of_table)
 
 
 def load_table(folder: Path, shard: ShardEntry) -> np.ndarray:
-    """The memory-mapped table of a shard. Raises ``ShardError`` where it is missing, malformed or of another length."""
+    """The memory-mapped table of a shard. Raises ``ShardError`` where it is missing, malformed or of another length.
+
+    Its hash is not looked at here: ``check_table_hash`` does.
+    """
     path = folder / shard.table
     cure = f"longskip data index {folder}"
     try:
@@ -393,6 +416,21 @@ def load_table(folder: Path, shard: ShardEntry) -> np.ndarray:
     if len(table) != shard.count:
         raise ShardError(f"{path} has {len(table)} rows, expected {shard.count}", cure=cure)
     return table
+
+
+def check_table_hash(folder: Path, shard: ShardEntry) -> None:
+    """Raises ``ShardError`` where the table's file has not the SHA-256 of the index, if the index has one."""
+    if shard.table_sha256 is None:
+        return
+    try:
+        found = file_sha256(folder / shard.table)
+    except OSError as error:
+        raise ShardError(f"{folder / shard.table} cannot be read: {error.strerror}", cure=_reindex(folder)) from error
+    if found != shard.table_sha256:
+        raise ShardError(
+            f"{folder / shard.table} has the SHA-256 {found}, the index expects {shard.table_sha256}",
+            cure=_reindex(folder),
+        )
 
 
 def check_shard(folder: Path, shard: ShardEntry) -> None:

@@ -7,11 +7,14 @@ change neither.
 from __future__ import annotations
 
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Literal
+
+import numpy as np
 
 from longskip.engine.data.assembler import Assembler, MicroBatch
 from longskip.engine.data.decode import MAX_PIXELS
@@ -19,15 +22,18 @@ from longskip.engine.data.plan import Cursor, Plan
 from longskip.engine.data.sources import Source
 from longskip.engine.data.tokens import Vocabulary
 from longskip.engine.data.workers import Coordinates, Workers
-from longskip.errors import ConfigError, DataError
+from longskip.errors import ConfigError, DataError, LongskipError
 
 THREADS = 2
 """Threads that decode pictures where there are no worker processes. Stored latents are read by one: two would hand the
 GIL to and fro between system calls of 10 µs, and read less."""
 
 
-LOOKED_UP = 512
+LOOKED_UP = 2048
 """Positions that are looked up in the plan at a time; a few cost as much as many."""
+GROUPED, GROUPED_BYTES = 256, 40 << 20
+"""Samples with stored latents that are read at a time, as several micro-batches, and the bytes that they may have: what
+is done once for a micro-batch costs as much as reading half of its samples."""
 
 
 class Reader:
@@ -38,8 +44,9 @@ class Reader:
     ``spawn``, or ``forkserver``, which starts faster but ends when a whole process group is told to terminate);
     the order never depends on them. ``data_wait_seconds`` adds up the time that the consumer waited.
 
-    Raises ``ConfigError`` for contradicting settings, ``DataError`` where plan and source do not fit or a worker died,
-    and what the source raises when it stops at damage. Use as a context manager, or call ``close``.
+    Raises ``ConfigError`` for contradicting settings, ``DataError`` where plan and source do not fit, a worker died or
+    failed, and what the source raises when it stops at damage: a ``LongskipError`` whatever went wrong while samples
+    were read, so that ranks can tell each other. Use as a context manager, or call ``close``.
     """
 
     def __init__(
@@ -99,28 +106,20 @@ class Reader:
         )
         plan.slots(self.cursor, rank, world, micro, accumulation)  # refuses sizes that do not fit, before any work
         self._stream: _Threaded | Workers | None = None
+        self._parts: deque[MicroBatch] = deque()  # read already, of the group that is handed out
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         return self
 
     def __next__(self) -> list[MicroBatch]:
         started = time.perf_counter()
-        if self._stream is None:
-            walk = _Walk(self.plan, self.cursor, self.rank, self.world, self.micro, self.accumulation)
-            if self.workers:
-                self._stream = Workers(
-                    self.assembler,
-                    iter(walk),
-                    count=self.workers,
-                    ahead=max(self.prefetch, -(-self.prefetch * self.accumulation // self.workers)),
-                    held=self.accumulation,
-                    micro=self.micro,
-                    start_method=self.start_method,
-                )
-            else:
-                self._stream = _Threaded(self.assembler, walk, self.prefetch * self.accumulation)
         try:
-            batches = [self._stream.take() for _ in range(self.accumulation)]
+            stream = self._opened()
+            batches = []
+            for _ in range(self.accumulation):
+                if not self._parts:
+                    self._parts.extend(stream.take().split(self.micro))
+                batches.append(self._parts.popleft())
         except BaseException:
             self.close()
             raise
@@ -129,6 +128,39 @@ class Reader:
         self.cursor = self.cursor.advance(self.plan.batch)
         return batches
 
+    def _opened(self) -> _Threaded | Workers:
+        if self._stream is not None:
+            return self._stream
+        walk = _Walk(self.plan, self.cursor, self.rank, self.world, self.micro, self.accumulation)
+        several = self._several()
+        ahead = self.prefetch * max(self.accumulation, self.workers)  # micro-batches
+        if not self.workers:
+            self._stream = _Threaded(self.assembler, _grouped(iter(walk), several), -(-ahead // several))
+            return self._stream
+        try:
+            self._stream = Workers(
+                self.assembler,
+                _grouped(iter(walk), several),
+                count=self.workers,
+                ahead=-(-ahead // (several * self.workers)),
+                held=-(-self.accumulation // several) + (several > 1),
+                micro=self.micro * several,
+                start_method=self.start_method,
+            )
+        except OSError as error:
+            raise DataError(
+                f"the {self.workers} data worker(s) cannot be started: {error}",
+                cure="fewer workers or a smaller train.micro_batch (memory that is shared, processes), or workers: 0",
+            ) from error
+        return self._stream
+
+    def _several(self) -> int:
+        """Micro-batches that are read at a time."""
+        features = self.assembler.features
+        if features is None or features.latent is None:  # pictures are decoded one by one
+            return 1
+        return max(1, min(GROUPED // self.micro, GROUPED_BYTES // self.assembler.batch_bytes(self.micro)))
+
     def seek(self, cursor: Cursor) -> None:
         """Goes on at ``cursor``; what was prepared ahead is thrown away."""
         self.close()
@@ -136,6 +168,7 @@ class Reader:
 
     def close(self) -> None:
         """Ends the thread or the workers; iterating again starts them anew at ``cursor``."""
+        self._parts.clear()
         stream, self._stream = self._stream, None
         if stream is not None:
             stream.close()
@@ -172,11 +205,24 @@ class _Walk:
             cursor = after
 
 
+def _grouped(walk: Iterator[Coordinates], several: int) -> Iterator[Coordinates]:
+    """Micro-batches of one bucket joined, ``several`` of them at most; the first comes alone, to be there soon."""
+    following, room = next(walk), 1
+    while True:
+        group, following = [following], next(walk)
+        while len(group) < room and following[2] == group[0][2]:
+            group.append(following)
+            following = next(walk)
+        epochs, samples, buckets = zip(*group, strict=True)
+        yield np.concatenate(epochs), np.concatenate(samples), buckets[0]
+        room = several
+
+
 class _Threaded:
     """Assembles ahead in a few threads of this process; micro-batches come back in the order of the walk."""
 
-    def __init__(self, assembler: Assembler, walk: _Walk, depth: int) -> None:
-        self._walk = iter(walk)
+    def __init__(self, assembler: Assembler, walk: Iterator[Coordinates], depth: int) -> None:
+        self._walk = walk
         self._assemble = assembler.assemble
         features = assembler.features
         threads = THREADS if features is None or features.latent is None else 1
@@ -190,7 +236,11 @@ class _Threaded:
 
     def take(self) -> MicroBatch:
         self._begin()
-        return self._ahead.popleft().result()
+        found = self._ahead.popleft()
+        error = found.exception()
+        if isinstance(error, Exception) and not isinstance(error, LongskipError):
+            raise DataError(f"a data thread failed\n{''.join(traceback.format_exception(error))}") from error
+        return found.result()
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

@@ -1,8 +1,9 @@
 """Shards at a URL: fetched whole and in order into a cache, window by window ahead of use, and read from there.
 
 ``index.json`` at the URL says what there is. A shard is used when it has the size and the SHA-256 of the index, and its
-table when every member it names lies inside the shard and has its crc32; what does not is fetched again. Nothing that a
-server says is taken as a path, a size to allocate or a pickle before it was checked.
+table when it has the SHA-256 of the index too and every member it names lies inside the shard and has its crc32; what
+does not is fetched again. (An index made before tables were hashed leaves pictures' sizes in them unchecked.) Nothing
+that a server says is taken as a path, a size to allocate or a pickle before it was checked.
 
 Reading is ``ShardSource``'s. The order of the samples is the plan's, so a remote source gives the same samples in the
 same order as the same shards in a local folder.
@@ -12,13 +13,12 @@ from __future__ import annotations
 
 import mmap
 import os
-import re
 import tempfile
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,8 +28,18 @@ import numpy as np
 from longskip.engine.data.cache import Cache, default_folder
 from longskip.engine.data.crc import crc32
 from longskip.engine.data.features import EMPTY_NAME
-from longskip.engine.data.index import INDEX_NAME, Index, ShardEntry, checked_key, load_index, load_table, save_index
-from longskip.engine.data.lint import file_sha256
+from longskip.engine.data.hashes import file_sha256
+from longskip.engine.data.index import (
+    INDEX_NAME,
+    SHA256,
+    Index,
+    ShardEntry,
+    check_table_hash,
+    checked_key,
+    load_index,
+    load_table,
+    save_index,
+)
 from longskip.engine.data.sources import ShardSource
 from longskip.engine.data.transport import Patience, Stopped, Transport, checked_url, shown
 from longskip.engine.data.windows import WindowOrder
@@ -43,7 +53,6 @@ _END = 2 * _BLOCK
 _TABLE_BYTES = (1 << 20, 1 << 12)  # the most a table may have: so many, and so many per sample
 _TRIES = 8
 _RECENT = 16
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def open_remote(
@@ -73,7 +82,8 @@ def open_remote(
         checked_url(url)
         raise ShardError(
             f"{shown(url)} is a URL and data.remote is none; only local files are read",
-            cure="set data.remote: fsspec (or webdataset), or copy the data to a local folder",
+            cure="set data.remote: fsspec (or webdataset; of longskip data encode: --remote), or copy the data to a "
+            "local folder",
         )
     carrier = Transport(transport, url, patience)
     listed = _fetch_index(carrier)
@@ -112,7 +122,7 @@ def _checked(index: Index) -> Index:
         if shard.file in seen:
             raise ShardError(f"the index names {shard.file} twice")
         seen.add(shard.file)
-        if shard.count * _BLOCK > shard.bytes or not _SHA256.fullmatch(shard.sha256):
+        if shard.count * _BLOCK > shard.bytes or not SHA256.fullmatch(shard.sha256):
             raise ShardError(f"the index gives {shard.file} {shard.count} samples in {shard.bytes} bytes with the "
                              f"SHA-256 {shard.sha256[:80]!r}")  # fmt: skip
     return index
@@ -157,6 +167,7 @@ class RemoteSource(ShardSource):
         super().__init__(index, on_damage=on_damage, check=False, fields=fields)
         self.order = order
         self._store = _Store(index, transport, cache)
+        self._sound: set[int] = set()  # shards whose table, as it lies in the cache, has the index's hash
         self._near: tuple[ShardEntry, ...] = ()
         self._recent: deque[frozenset[tuple[int, int]]] = deque(maxlen=_RECENT)
         self._windows: frozenset[tuple[int, int]] = frozenset()
@@ -164,7 +175,7 @@ class RemoteSource(ShardSource):
 
     def __getstate__(self) -> dict[str, Any]:
         idle: dict[str, Any] = {"_ahead": None, "_near": (), "_recent": deque(maxlen=_RECENT), "_windows": frozenset()}
-        return super().__getstate__() | idle
+        return super().__getstate__() | idle | {"_sound": set()}
 
     def follow(self, epochs: Sequence[int] | np.ndarray, samples: Sequence[int] | np.ndarray) -> None:
         """Says that these samples of these epochs are read next: their windows and the one after are fetched ahead.
@@ -186,8 +197,11 @@ class RemoteSource(ShardSource):
         self._windows = windows
         epoch, window = max(windows)
         after = (epoch, window + 1) if window + 1 < self.order.n_windows else (epoch + 1, 0)
-        wanted = [int(shard) for place in [*sorted(windows), after] for shard in self.order.shards_of(*place)]
-        self._near = tuple(self.index.shards[shard] for shard in dict.fromkeys(wanted))
+        self.ahead(int(shard) for place in [*sorted(windows), after] for shard in self.order.shards_of(*place))
+
+    def ahead(self, shards: Iterable[int]) -> None:
+        """Says that these shards are read next, in this order: a thread fetches them ahead of whoever reads."""
+        self._near = tuple(self.index.shards[shard] for shard in dict.fromkeys(shards))
         if self._ahead is None or not self._ahead.is_alive():
             self._ahead = _Ahead(self._store)
             self._ahead.start()
@@ -214,6 +228,7 @@ class RemoteSource(ShardSource):
                 return super().opened(shard)
             self._store.bring(entry, _Errand(self._near))
             try:
+                self._check_hash(shard)
                 found = super().opened(shard)
             except ShardError:
                 if self._store.has(entry):
@@ -229,11 +244,24 @@ class RemoteSource(ShardSource):
         for _ in range(_TRIES):
             self._store.bring_table(entry, _Errand(self._near))
             try:
+                self._check_hash(shard)
                 return load_table(self.index.folder, entry)
             except ShardError:
                 if self._store.cache.has(entry.table):
                     raise
         raise self._crowded(entry)
+
+    def _check_hash(self, shard: int) -> None:
+        """Hashes the cached table once; one that is not the index's is removed, so that it is fetched again."""
+        if shard in self._sound:
+            return
+        entry = self.index.shards[shard]
+        try:
+            check_table_hash(self.index.folder, entry)
+        except ShardError:
+            self._store.cache.drop(entry.table)
+            raise
+        self._sound.add(shard)
 
     def key(self, i: int) -> str:
         """The key of sample ``i``, from the table alone."""
@@ -317,6 +345,7 @@ class _Store:
         def check() -> None:
             shard = self.cache.data / entry.file
             there = self.cache.has(entry.file, entry.bytes)
+            check_table_hash(self.cache.parts, entry)
             _check_table(entry, load_table(self.cache.parts, entry), shard if there else None)
 
         fixed, per_sample = _TABLE_BYTES

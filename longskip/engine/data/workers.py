@@ -90,7 +90,7 @@ class Workers:
             raise self._died(error) from error
 
     def take(self) -> MicroBatch:
-        """The next micro-batch. Raises ``DataError`` for a worker that died, and what the assembler raises."""
+        """The next micro-batch. Raises ``DataError`` for a worker that died or failed, else what the assembler raises."""
         connection = self._connections[self._taken % len(self._connections)]
         self._taken += 1
         try:
@@ -100,7 +100,7 @@ class Workers:
         if isinstance(found, LongskipError):
             raise found
         if isinstance(found, str):
-            raise RuntimeError(f"a data worker failed\n{found}")
+            raise DataError(f"a data worker failed\n{found}")
         self._begin(connection)  # first, so that the worker does not wait while the batch is unpacked
         slot, packed = found
         return self._unpacked(packed, slot)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from longskip.engine import fused_step
 from longskip.engine.checkpoint import Archive
 from longskip.engine.config import BatchPlan, Config
 from longskip.engine.data.sources import SizedSource, Source
@@ -176,6 +177,8 @@ def build_engine(
     ema_device = torch.device("cpu") if config.engine.ema_device == "cpu" else None
     optimizer = AdamW(parameter_groups(model, config.optim.weight_decay), config.optim, ema_device)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    if fused_step.wanted(world.device):
+        fused_step.take_over(engine, optimizer, stage)
     if config.engine.compile:
         model.backbone.compile_blocks()
     shards = Shards(engine, optimizer, stage)

@@ -28,6 +28,11 @@ class AdamW(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], optim: OptimGroup, ema_device: torch.device | None = None) -> None:
         self.optim, self.ema_device = optim, ema_device
+        # Set by fused_step.take_over: the factor of the next step's gradients, the low-precision shard of each parameter
+        # (by id), and the parameters whose shard the last steps have written.
+        self.grad_scale: float | torch.Tensor = 1.0
+        self.copies: dict[int, torch.Tensor] = {}
+        self.written: set[int] = set()
         # A learning rate of zero until the loop sets it: building an engine must not move a weight.
         super().__init__(params, {"lr": 0.0, "weight_decay": 0.0, "step": 0, "ema_decay": 0.0})
 
@@ -53,6 +58,7 @@ class AdamW(torch.optim.Optimizer):
                 continue
             states = [self.state_of(p) for p in params]
             emas = [s["ema"] for s in states]
+            copies = [self.copies[id(p)] for p in params if id(p) in self.copies]
             adamw(
                 [p.data for p in params],
                 [p.grad for p in params],
@@ -63,12 +69,15 @@ class AdamW(torch.optim.Optimizer):
                 eps=self.optim.eps,
                 weight_decay=group["weight_decay"],
                 step=group["step"],
+                grad_scale=self.grad_scale,
+                copies=copies or None,
                 emas=None if self.ema_device else emas,
                 ema_decay=group["ema_decay"],
             )
+            self.written.update(id(p) for p in params if id(p) in self.copies)
             if self.ema_device:
-                copies = [p.detach().to(self.ema_device) for p in params]
-                torch._foreach_lerp_(emas, copies, 1.0 - group["ema_decay"])
+                moved = [p.detach().to(self.ema_device) for p in params]
+                torch._foreach_lerp_(emas, moved, 1.0 - group["ema_decay"])
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

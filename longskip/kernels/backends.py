@@ -46,8 +46,10 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 _FAMILY_OF = {op: family for family, ops in FAMILIES.items() for op in ops}
 _NAMES = ("auto", "reference", "torch", "triton")
 
-# What `auto` takes before anything was measured on a device.
+# What `auto` takes before anything was measured on a device. The optimizer's kernel is one pass over memory where every
+# other form takes several, so nothing has to be measured to know.
 _AUTO_DEFAULT = "torch"
+_AUTO_DEFAULTS = {("cuda", "adamw"): "triton"}
 
 Sizes = Mapping[str, int]
 
@@ -224,8 +226,9 @@ def _choose(
             measured = tables.best_backend(device, op, tables.bucket(dtype, sizes))
             if measured is not None and state.get(measured[0], "") is None:
                 return measured
-        if state.get(_AUTO_DEFAULT, "") is None:
-            return _AUTO_DEFAULT, f"auto: the default on {device.type}, nothing measured there"
+        for name in (_AUTO_DEFAULTS.get((device.type, op), _AUTO_DEFAULT), _AUTO_DEFAULT):
+            if state.get(name, "") is None:
+                return name, f"auto: the default on {device.type}, nothing measured there"
         raise BackendError(f"op {op!r} has no backend for {device.type}; {_listing(state)}")
     name = setting.removeprefix("require:")
     why_not = state.get(name, "it is not registered")

@@ -390,18 +390,90 @@ def diffusion_loss_backward(*, batch: int, values: int, x_kind: int | bool = Fal
 
 
 def adamw_forward(
-    *, values: int, tensors: int = 1, scaled: int | bool = False, emas: int | bool = False, itemsize: int = 4
+    *,
+    values: int,
+    tensors: int = 1,
+    scaled: int | bool = False,
+    emas: int | bool = False,
+    copies: int = 0,
+    itemsize: int = 4,
 ) -> OpCost:
     """Per value 15: first moment 3, second 4, two corrections, root, + eps, quotient, times lr, decay, subtract (8);
-    1 for a gradient scale, 3 for a weight average. Reads p, g, m, v; writes p, m, v; the average is read and written.
+    1 for a gradient scale, 3 for a weight average. Reads p, g, m, v; writes p, m, v; the average is read and written; a
+    low-precision copy of ``copies`` bytes a value is written.
     """
     each = 15 + bool(scaled) + 3 * bool(emas)
-    return OpCost(0, values * each, values * (7 + 2 * bool(emas)) * itemsize)
+    return OpCost(0, values * each, values * ((7 + 2 * bool(emas)) * itemsize + copies))
+
+
+def attention_varlen_forward(
+    *, queries: int, keys: int, pairs: int, heads: int, head_dim: int, itemsize: int = 4
+) -> OpCost:
+    """``attention_forward`` summed over sequences: ``queries`` and ``keys`` are all of them, ``pairs`` the sum of each
+    sequence's queries times its keys. The offsets' bytes are not counted."""
+    moved = heads * head_dim * (2 * queries + 2 * keys) * itemsize
+    return OpCost(2 * heads * pairs * head_dim, 6 * heads * pairs, moved)
+
+
+def attention_varlen_backward(
+    *, queries: int, keys: int, pairs: int, heads: int, head_dim: int, itemsize: int = 4
+) -> OpCost:
+    """``attention_backward`` from saved weights, summed over sequences."""
+    moved = heads * (head_dim * (3 * queries + 4 * keys) + pairs) * itemsize
+    return OpCost(4 * heads * pairs * head_dim, 5 * heads * pairs, moved)
+
+
+def attention_chunks(head_dim: int) -> tuple[int, int]:
+    """Columns that the Triton kernels multiply for a head dim, in one chunk (then the second is 0) or two.
+
+    Powers of two are one chunk; else the largest power of two in it and one that takes the rest, at least 16.
+    """
+    first = 1 << (head_dim.bit_length() - 1)
+    if first == head_dim:
+        return first, 0
+    return first, max(16, 1 << (head_dim - first - 1).bit_length())
+
+
+def attention_forward_padded(
+    *, batch: int, queries: int, keys: int, heads: int, head_dim: int, block_q: int, block_k: int
+) -> int:
+    """QKᵀ and PV over whole blocks of ``block_q`` queries and ``block_k`` keys, in multiply-adds.
+
+    Of variable length: the sum over the sequences, each with ``batch`` = 1.
+    """
+    pairs = batch * heads * _whole(queries, block_q) * _whole(keys, block_k)
+    return 2 * pairs * sum(attention_chunks(head_dim))
+
+
+def attention_backward_padded(
+    *,
+    batch: int,
+    queries: int,
+    keys: int,
+    heads: int,
+    head_dim: int,
+    block_q: int,
+    block_k: int,
+    of_queries: tuple[int, int] | None = None,
+) -> int:
+    """The backward's five contractions in one kernel; or four for the keys' gradients in blocks of ``block_q`` and
+    ``block_k`` and three for the queries', in blocks of ``of_queries`` = (queries, keys)."""
+    columns = batch * heads * sum(attention_chunks(head_dim))
+    pairs = _whole(queries, block_q) * _whole(keys, block_k)
+    if of_queries is None:
+        return 5 * columns * pairs
+    return columns * (4 * pairs + 3 * _whole(queries, of_queries[0]) * _whole(keys, of_queries[1]))
+
+
+def _whole(size: int, block: int) -> int:
+    """The size in whole blocks."""
+    return -(-size // block) * block
 
 
 FORMULAS: dict[str, OpFormula] = {
     "linear": OpFormula(linear_forward, linear_backward),
     "attention": OpFormula(attention_forward, attention_backward),
+    "attention_varlen": OpFormula(attention_varlen_forward, attention_varlen_backward),
     "layer_norm": OpFormula(layer_norm_forward, layer_norm_backward),
     "rms_norm": OpFormula(rms_norm_forward, rms_norm_backward),
     "adaln": OpFormula(adaln_forward, adaln_backward),

@@ -186,3 +186,8 @@ def gather_objects(value: object) -> list[object]:
     parts = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in range(size)]
     torch.distributed.all_gather(parts, padded)
     return [json.loads(bytes(part[: int(n)].tolist()).decode()) for part, n in zip(parts, lengths, strict=True)]
+
+
+def device_name_of(device: torch.device) -> str:
+    """The name of this rank's device, as the ledger and the hardware table write it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

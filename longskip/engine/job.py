@@ -18,7 +18,7 @@ from longskip.engine.data.plan import Cursor
 from longskip.engine.data.reader import MicroBatch, Reader
 from longskip.engine.data.sources import Source
 from longskip.engine.diffusion import Objective
-from longskip.engine.distributed import World, agree, all_reduce_sum, peak_memory
+from longskip.engine.distributed import World, agree, all_reduce_sum, device_name_of, peak_memory
 from longskip.engine.inputs import Inputs
 from longskip.engine.metrics import Metrics
 from longskip.engine.optim import AdamW, ema_decay, learning_rate
@@ -26,6 +26,7 @@ from longskip.engine.runs import RunFolder, append_json, tolerant
 from longskip.engine.shards import Shards
 from longskip.engine.validation import Validation
 from longskip.errors import CheckpointError, DataError, LongskipError, NonFiniteLossError
+from longskip.kernels import backends
 from longskip.profiling import ledger
 from longskip.profiling.meter import Interval, Meter
 
@@ -268,6 +269,8 @@ class Job:
 
     def log(self) -> None:
         """When it is due: one ledger line, one metrics line, one line to read."""
+        if self.world.is_main and self.state.step == self.started_at + 1:
+            self._tell_kernels()
         if not self.due(self.config.logging.every):
             return
         eta = self.meter.eta(self.config.train.steps)
@@ -284,6 +287,19 @@ class Job:
         }
         self.state.losses.clear()
         self.metrics.interval(ended, values, eta)
+
+    def _tell_kernels(self) -> None:
+        """After an attempt's first step: which implementation served each op, and why, in the log and in run.json."""
+        served = backends.served()
+        reasons: dict[tuple[str, str], list[str]] = {}
+        for op, names in served.items():
+            for name, reason in names.items():
+                reasons.setdefault((name, reason), []).append(op)
+        for (name, reason), ops in reasons.items():
+            self.metrics.say(f"kernels: {', '.join(ops)} by {name} ({reason})")
+        device = device_name_of(self.world.device)
+        with tolerant("run.json"):
+            self.run.note(kernels=served, kernels_chosen={"device": device, "choices": backends.chosen()})
 
     def _end_ledger_interval(self, durable: bool = False) -> Interval:
         ended = self.meter.peek() if not self._ledger_losses else self.meter.interval()

@@ -21,7 +21,7 @@ from longskip.engine.data.reader import Reader
 from longskip.engine.data.sources import SizedSource
 from longskip.engine.data.tokens import Vocabulary
 from longskip.engine.diffusion import objective_of
-from longskip.engine.distributed import World, broadcast_object
+from longskip.engine.distributed import World, broadcast_object, device_name_of
 from longskip.engine.inputs import Inputs
 from longskip.engine.job import Job, LoopState
 from longskip.engine.metrics import Metrics
@@ -61,6 +61,8 @@ def prepare(config: Config, run_path: Path, world: World) -> Job:
     config = _settle_stage(config, folder, world, batch, n_parameters)
     ds_config = build.deepspeed_config(config, batch, n_parameters=n_parameters, cuda=world.device.type == "cuda")
     backends.configure(config.kernels.by_op())
+    kept: Any = on_main(world, lambda: _kept_kernels(run, world.device) if resuming else {})
+    backends.keep(kept)
     engine, optimizer, shards = build.build_engine(config, model, world, ds_config)
     costs = {bucket: step_cost(config, batch, n_parameters, bucket) for bucket in (*plan.buckets, None)}
     cost = costs[None]
@@ -86,8 +88,9 @@ def prepare(config: Config, run_path: Path, world: World) -> Job:
         **draws,
         **inputs.settings(),
     )
-    device_name = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
-    meter = Meter(device_name=device_name, devices=world.size, dtype=config.train.dtype, step=state.step)
+    meter = Meter(
+        device_name=device_name_of(world.device), devices=world.size, dtype=config.train.dtype, step=state.step
+    )
     metrics = Metrics(
         run.path,
         main=world.is_main,
@@ -248,6 +251,12 @@ def _summary(
         "data": described(source),
         "kernels": {op: list(choice) for op, choice in backends.choices().items()},
     }
+
+
+def _kept_kernels(run: RunFolder, device: torch.device) -> dict[str, dict[str, str]]:
+    """What ``auto`` took in the run's earlier attempts, where they ran on the same kind of device."""
+    said = run.summary().get("kernels_chosen", {})
+    return said["choices"] if said.get("device") == device_name_of(device) else {}  # type: ignore[no-any-return]
 
 
 def _announce(job: Job, resuming: bool, n_parameters: int, meter: Meter, assignment: Assignment | None) -> None:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from longskip.kernels.adaln import adaln, gated_adaln, gated_residual
     from longskip.kernels.adamw import adamw
-    from longskip.kernels.attention import attention
-    from longskip.kernels.backends import choices, configure, op_cost, register, resolve, use
+    from longskip.kernels.attention import attention, attention_varlen
+    from longskip.kernels.backends import choices, configure, op_cost, register, resolve, served, use
     from longskip.kernels.formulas import FORMULAS, OpCost, OpFormula
     from longskip.kernels.loss import diffusion_loss
     from longskip.kernels.mlp import mlp, swiglu
@@ -30,11 +30,13 @@ _HOME = {
     "gated_residual": "adaln",
     "adamw": "adamw",
     "attention": "attention",
+    "attention_varlen": "attention",
     "choices": "backends",
     "configure": "backends",
     "op_cost": "backends",
     "register": "backends",
     "resolve": "backends",
+    "served": "backends",
     "use": "backends",
     "FORMULAS": "formulas",
     "OpCost": "formulas",
@@ -55,6 +57,7 @@ __all__ = [
     "adaln",
     "adamw",
     "attention",
+    "attention_varlen",
     "choices",
     "configure",
     "diffusion_loss",
@@ -67,6 +70,7 @@ __all__ = [
     "register",
     "resolve",
     "rms_norm",
+    "served",
     "skip_linear",
     "swiglu",
     "use",

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 FAMILIES: dict[str, tuple[str, ...]] = {
-    "attention": ("attention",),
+    "attention": ("attention", "attention_varlen"),
     "norm": ("layer_norm", "rms_norm"),
     "adaln": ("adaln", "gated_adaln", "gated_residual"),
     "mlp": ("mlp", "swiglu"),
@@ -71,7 +71,9 @@ _REGISTRY: dict[str, dict[str, _Backend]] = {op: {} for op in _FAMILY_OF}
 _SHAPES: dict[str, Callable[..., dict[str, int]]] = {}
 _SETTINGS: dict[str, str] = dict.fromkeys(_FAMILY_OF, "auto")
 _RESOLVED: dict[tuple[Any, ...], Callable[..., Any]] = {}
-_SERVED: dict[str, dict[str, str]] = {}  # op -> {backend: reason}, of the calls since the settings were made
+_SERVED: dict[str, dict[str, str]] = {}  # op -> {backend: reason}, of the calls since `configure`
+_CHOSEN: dict[str, dict[str, str]] = {}  # op -> {bucket: backend}, what `auto` took
+_KEPT: dict[str, dict[str, str]] = {}  # the same of an earlier attempt, which `auto` keeps to
 
 
 def register(
@@ -143,15 +145,29 @@ def resolve(
     if torch.compiler.is_compiling():
         # Traced: the graph's guards then hang on the settings, and not on what earlier calls left in the cache.
         return _REGISTRY[op][_choose(op, device, dtype, sizes)[0]].function
-    key = (op, device.type, device.index, dtype, *sizes.values())
+    key = (op, _SETTINGS.get(op), device.type, device.index, dtype, *sizes.values())
     function = _RESOLVED.get(key)
     if function is None:
         name, reason = _choose(op, device, dtype, sizes)
         function = _RESOLVED[key] = _REGISTRY[op][name].function
+        if _SETTINGS[op] == "auto" and dtype is not None:
+            _CHOSEN.setdefault(op, {})[tables.bucket(dtype, sizes)] = name
         if name not in _SERVED.setdefault(op, {}):
             _SERVED[op][name] = reason
             logger.debug("%s on %s: %s (%s)", op, device.type, name, reason)
     return function
+
+
+def chosen() -> dict[str, dict[str, str]]:
+    """``{op: {bucket: backend}}``: what `auto` took in the calls so far; ``keep`` takes it back."""
+    return {op: dict(found) for op, found in _CHOSEN.items()}
+
+
+def keep(choices: Mapping[str, Mapping[str, str]]) -> None:
+    """From now on `auto` takes these backends in these buckets, whatever the tables say, where they can serve."""
+    _KEPT.clear()
+    _KEPT.update({op: dict(found) for op, found in choices.items()})
+    _RESOLVED.clear()
 
 
 def serve(op: str, like: Tensor, /, *args: Any, **kwargs: Any) -> Any:
@@ -160,7 +176,7 @@ def serve(op: str, like: Tensor, /, *args: Any, **kwargs: Any) -> Any:
 
 
 def served() -> dict[str, dict[str, str]]:
-    """``{op: {backend: reason}}`` of the calls so far under the present settings: what really ran, and why."""
+    """``{op: {backend: reason}}`` of the calls since ``configure``: what really ran, and why."""
     return {op: dict(names) for op, names in _SERVED.items()}
 
 
@@ -175,7 +191,9 @@ def configure(settings: Mapping[str, str]) -> None:
         chosen.update(dict.fromkeys(_covered(key), _known_setting(settings[key])))
     for op, setting in chosen.items():
         _check_required(op, setting)
-    _replace(chosen)
+    _SETTINGS.update(chosen)
+    for record in (_RESOLVED, _SERVED, _CHOSEN):
+        record.clear()
 
 
 @contextlib.contextmanager
@@ -188,11 +206,11 @@ def use(backend: str, ops: str | Iterable[str] | None = None) -> Iterator[None]:
     for op in chosen:
         if chosen[op] != before[op]:
             _check_required(op, chosen[op])
-    _replace(chosen)
+    _SETTINGS.update(chosen)
     try:
         yield
     finally:
-        _replace(before)
+        _SETTINGS.update(before)
 
 
 def choices(device: torch.device | str | None = None) -> dict[str, tuple[str, str]]:
@@ -222,6 +240,9 @@ def _choose(
     setting = _SETTINGS[op]
     state = _state(op, device, dtype, sizes)
     if setting == "auto":
+        kept = _KEPT.get(op, {}).get(tables.bucket(dtype, sizes), "") if _KEPT and dtype is not None else ""
+        if kept and state.get(kept, "") is None:
+            return kept, "auto: kept from the run's first attempt"
         if device.type == "cuda" and dtype is not None:
             measured = tables.best_backend(device, op, tables.bucket(dtype, sizes))
             if measured is not None and state.get(measured[0], "") is None:
@@ -298,9 +319,3 @@ def _check_required(op: str, setting: str) -> None:
 def _nearest(name: str, known: Iterable[str]) -> str | None:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"did you mean {close[0]!r}?" if close else None
-
-
-def _replace(settings: Mapping[str, str]) -> None:
-    _SETTINGS.update(settings)
-    _RESOLVED.clear()
-    _SERVED.clear()

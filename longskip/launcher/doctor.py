@@ -31,7 +31,7 @@ def examine() -> list[dict[str, Any]]:
         _package(name, required=True, note="") for name in REQUIRED if name != "triton" or sys.platform == "linux"
     ]
     findings += [_package(name, required=False, note=note) for name, note in OPTIONAL.items()]
-    findings += [_devices(), _backends(), _emoji_font(), _disk()]
+    findings += [_devices(), _backends(), _executed(), _emoji_font(), _disk()]
     return findings
 
 
@@ -76,6 +76,12 @@ def _backends() -> dict[str, Any]:
         summary.setdefault(backend, []).append(op)
     note = "; ".join(f"{backend}: {', '.join(ops)}" for backend, ops in summary.items())
     return _finding("kernels", None, True, note)
+
+
+def _executed() -> dict[str, Any]:
+    from longskip.kernels.executed import EXECUTED, tested
+
+    return _finding("backends run so far", None, True, "; ".join(f"{name}: {tested(name)}" for name in EXECUTED))
 
 
 def _emoji_font() -> dict[str, Any]:

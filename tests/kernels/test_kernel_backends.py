@@ -59,7 +59,8 @@ def test_the_narrower_key_wins_in_any_order() -> None:
 
 def test_use_nests_covers_some_ops_and_restores_after_an_error() -> None:
     with kernels.use("reference", ops=["attention", "norm"]):
-        assert {op for op, name in names().items() if name == "reference"} == {"attention", "layer_norm", "rms_norm"}
+        norms = {"layer_norm", "rms_norm"}
+        assert {op for op, name in names().items() if name == "reference"} == {"attention", "attention_varlen", *norms}
         with kernels.use("torch", "attention"):
             assert names()["attention"] == "torch"
             assert names()["layer_norm"] == "reference"
@@ -106,7 +107,9 @@ def test_registering_again_replaces_what_was_resolved() -> None:
 def test_a_backend_that_cannot_serve_is_an_error_and_not_a_fallback() -> None:
     x = torch.randn(2, 3, dtype=torch.float64)
     with kernels.use("triton", "loss"):
-        with pytest.raises(BackendError, match=r"'triton' cannot serve op 'diffusion_loss' on cpu: its kernels take float32"):
+        with pytest.raises(
+            BackendError, match=r"'triton' cannot serve op 'diffusion_loss' on cpu: its kernels take float32"
+        ):
             kernels.diffusion_loss(x, x, x, x[:, 0], x[:, 0])
         with pytest.raises(BackendError, match="available: reference, torch"):
             kernels.diffusion_loss(x, x, x, x[:, 0], x[:, 0])
@@ -188,14 +191,16 @@ def test_resolving_by_name_loads_the_op() -> None:
         "from longskip import kernels\n"
         "kernels.configure({'loss': 'require:reference'})\n"
         "assert kernels.resolve('diffusion_loss', torch.device('cpu')).__name__ == 'diffusion_loss_reference'\n"
-        "assert len(kernels.choices('cpu')) == 12\n"
+        "assert len(kernels.choices('cpu')) == 13\n"
     )
 
 
 def test_the_room_imports_torch_triton_and_the_cellar_only() -> None:
     folder = Path(longskip.kernels.__file__).parent
-    allowed = {*sys.stdlib_module_names, "torch", "triton"}
     for path in folder.glob("*.py"):
+        allowed = {*sys.stdlib_module_names, "torch", "triton"}
+        if path.name == "attention_adapters.py":
+            allowed |= {"flash_attn", "xformers"}
         for node in ast.walk(ast.parse(path.read_text())):
             modules = []
             if isinstance(node, ast.Import):
@@ -205,3 +210,24 @@ def test_the_room_imports_torch_triton_and_the_cellar_only() -> None:
             for module in modules:
                 own = module.startswith(("longskip.kernels", "longskip.errors"))
                 assert own or module.split(".")[0] in allowed, f"{path.name} imports {module}"
+
+
+def test_what_served_is_told_with_its_reason_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels.configure({})
+    x = torch.randn(2, 3, 4)
+    kernels.adaln(x, x[:, 0], x[:, 0])
+    with kernels.use("reference", "norm"):
+        kernels.layer_norm(x)
+    assert kernels.served()["layer_norm"] == {"reference": "configured"}
+    assert kernels.served()["adaln"] == {"torch": "auto: the default on cpu, nothing measured there"}
+    assert backends.chosen() == {"adaln": {"float32 batch=2 tokens=4 width=4": "torch"}}
+    try:
+        backends.keep({"adaln": {"float32 batch=2 tokens=4 width=4": "reference"}})
+        kernels.adaln(x, x[:, 0], x[:, 0])
+        assert kernels.served()["adaln"]["reference"] == "auto: kept from the run's first attempt"
+        backends.keep({"adaln": {"float32 batch=2 tokens=4 width=4": "flash"}})
+        kernels.configure({})
+        kernels.adaln(x, x[:, 0], x[:, 0])
+        assert set(kernels.served()["adaln"]) == {"torch"}, "what cannot serve is not kept to"
+    finally:
+        backends.keep({})

@@ -22,6 +22,8 @@ GAP = 1 << 13
 """Bytes between members that are read along: tar headers, padding."""
 ASIDE = 1 << 16
 """Bytes of a sample, at most, that do not go straight to their rows."""
+LONG = 1 << 14
+"""Bytes of a text that is read alone: the others of the group would be read as far as it goes."""
 STRAIGHT = 1 << 12
 """Bytes from which a row is read to its place; smaller ones cost less when they are read aside and copied."""
 
@@ -65,9 +67,9 @@ def bare(records: np.ndarray) -> np.ndarray:
 def alike(
     records: np.ndarray, wanted: Sequence[Wanted], texts: Sequence[str]
 ) -> Iterator[tuple[np.ndarray, Span | None]]:
-    """Indices of records (of a shard's table) whose members lie at the same distances, and how to read them.
+    """Indices of records (rows of tables) whose members lie at the same distances, and how to read them.
 
-    None where members are missing, of other sizes, or too far apart to be read at once.
+    None where members are missing, of other sizes, or too long or too far apart to be read at once.
     """
     kinds = [*(one.kind for one in wanted), *texts]
     offsets, sizes = np.empty((2, len(kinds), len(records)), np.int64)
@@ -75,7 +77,9 @@ def alike(
         offsets[i], sizes[i] = records[f"{kind}_offset"], records[f"{kind}_size"]
     apart = offsets - offsets[0]
     apart[sizes < 0] = np.iinfo(np.int64).min
-    usual = (sizes[: len(wanted)] == [[one.size] for one in wanted]).all(axis=0)
+    usual = (sizes[: len(wanted)] == [[one.size] for one in wanted]).all(axis=0) & (sizes[len(wanted) :] < LONG).all(
+        axis=0
+    )
     if not usual.all():
         yield np.flatnonzero(~usual), None
     left = np.flatnonzero(usual)
@@ -112,7 +116,7 @@ def _span(places: list[tuple[int, int, str, Wanted | None]]) -> Span | None:
 
 @dataclass(frozen=True)
 class Span:
-    """How samples that lie alike are read, from ``lead`` bytes after the first array's member on.
+    """How samples that lie alike are read, from ``lead`` bytes after the first wanted member on (0 or less).
 
     A sample has ``width`` bytes aside: ``cuts`` are (begin, end) of those before each row that is read straight, those
     from ``rest`` on follow the last row. ``columns`` say where a member begins there; the span ends with the kind

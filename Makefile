@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test test-slow figures lint clean
+.PHONY: install demo test test-slow figures proofs lint clean
 
 install: $(STAMP)
 
@@ -32,6 +32,10 @@ test-slow: install
 figures: install
 	$(BIN)/python -m pytest -s -q tests/engine/test_training.py tests/engine/test_resume.py tests/engine/test_reader.py \
 	  tests/engine/test_judge.py tests/engine/test_costs.py tests/models/test_specs.py tests/test_house.py | grep -aE "^figure:|passed|failed"
+
+# every kernel in every configuration for sm_80, sm_90 and sm_100; commit what it writes with the kernels
+proofs: install
+	env -u TRITON_INTERPRET $(BIN)/python -m longskip.profiling.static --all --out docs/results/kernels-static.json
 
 lint: install
 	$(BIN)/ruff check .

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
-import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -100,11 +99,12 @@ def register(
 
 def register_triton(family: str) -> None:
     """The last line of an op's file: its Triton half registers itself where Triton runs; elsewhere the reason is kept."""
-    if jit.loads() and importlib.util.find_spec(f"longskip.kernels.{family}_triton"):
+    if jit.loads():
         importlib.import_module(f"longskip.kernels.{family}_triton")
         return
     for op in FAMILIES[family]:
-        register(op, "triton", unusable=_not_loaded)(_absent)
+        if "triton" not in _REGISTRY[op]:
+            register(op, "triton", unusable=_not_loaded)(_absent)
 
 
 def _not_loaded(device: torch.device) -> str:

@@ -61,7 +61,7 @@ def _forced_work(work: Work, kernel: str, constants: Mapping[str, Any]) -> Work:
     return forced
 
 
-def _choices(op: str, kernel: str) -> Sequence[dict[str, Any]]:
+def _choices(op: str, kernel: str) -> Sequence[Mapping[str, Any]]:
     for module in modules_of(backends._FAMILY_OF[op]):
         found = getattr(module, "CONFIGURATIONS", {})
         if kernel in found:

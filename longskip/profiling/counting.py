@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from longskip.errors import LongskipError
+from longskip.kernels import library
 
 
 class UndeclaredOpError(LongskipError):
@@ -229,7 +230,8 @@ def _formula(name: str, func: Any) -> Formula | None:
                 f"op {name}'s registered formula gives {flops} FLOPs, which is no whole number of multiply-adds",
                 cure="register 2 FLOPs per multiply-add, contractions only",
             )
-        return Contraction(flops // 2)
+        again = library.RECOMPUTED.get(name)
+        return Contraction(flops // 2, recomputed=again(*args, **kwargs) // 2 if again is not None else 0)
 
     return of_torch
 

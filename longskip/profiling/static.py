@@ -25,7 +25,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,11 @@ TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel compiled for one target. ``spill_bytes`` is the stack per thread; instructions are counted in SASS."""
+    """One kernel compiled for one target. ``spill_bytes`` is the stack per thread; instructions are counted in SASS.
+
+    ``default``: what is taken before anything was measured; others only a table may name. ``error``: why it does not
+    compile, then the figures are 0.
+    """
 
     kernel: str
     source: str  # hash of the kernel's source and of what it calls
@@ -52,13 +56,15 @@ class Compiled:
     constants: Mapping[str, Any]
     signature: str
     aligned: bool
+    default: bool
     case: str
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
-    tensor_cores: int  # PTX instructions of the target's own matrix kind
-    instructions: Mapping[str, int]
-    seconds: float
+    registers: int = 0
+    spill_bytes: int = 0
+    shared_bytes: int = 0
+    tensor_cores: int = 0  # PTX instructions of the target's own matrix kind
+    instructions: Mapping[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ class Job:
     launch: jit.Launch
     target: int
     case: str
+    default: bool
     aligned: bool = True
 
 
@@ -112,36 +119,58 @@ def adamw_launches(target: int) -> list[jit.Launch]:
     return list(found)
 
 
-def jobs(cases: Sequence[KernelCase], targets: Sequence[int], *, every_configuration: bool) -> list[Job]:
-    """Distinct compilations: the default of each case per target; with ``every_configuration`` all allowed constants."""
+Forced = Mapping[str, Mapping[str, Any]]
+
+
+def jobs(cases: Sequence[KernelCase | None], targets: Sequence[int], *, every_configuration: bool) -> list[Job]:
+    """Distinct compilations, the optimizer's for the case None: what each case takes by default, per target.
+
+    With ``every_configuration`` also all constants that a table may name, and each kernel once as if no pointer were
+    aligned; without, one more form of the matrix products, whose default is the library's.
+    """
     found: dict[tuple[Any, ...], Job] = {}
-
-    def keep(launch: jit.Launch, target: int, case: str, aligned: bool = True) -> None:
-        key = (launch.kernel.__name__, target, _specialised(launch), repr(sorted(launch.constants.items())), aligned)
-        found.setdefault(key, Job(launch, target, case, aligned))
-
     for target in targets:
         seen: set[str] = set()
-        for case in (*cases, None):
-            for forced in _configurations(case) if every_configuration else [{}]:
+        for case in cases:
+            name = case.id if case else "adamw"
+            choices = _every(case) if every_configuration else _own_products(case)
+            for forced in ({}, *choices):
                 with tables.forced(forced):
-                    for launch in launches(case, target) if case else adamw_launches(target):
-                        name = case.id if case else "adamw"
-                        keep(launch, target, name)
-                        if launch.kernel.__name__ not in seen and every_configuration:
-                            seen.add(launch.kernel.__name__)
-                            keep(launch, target, name, aligned=False)
+                    launched = launches(case, target) if case else adamw_launches(target)
+                for launch in launched:
+                    kernel = launch.kernel.__name__
+                    alignments = (True, False) if every_configuration and kernel not in seen else (True,)
+                    seen.add(kernel)
+                    for aligned in alignments:
+                        constants = repr(sorted(launch.constants.items()))
+                        key = (kernel, target, _specialised(launch), constants, aligned)
+                        found.setdefault(key, Job(launch, target, name, not forced, aligned))
     return list(found.values())
 
 
-def _configurations(case: KernelCase | None) -> Iterator[dict[str, Any]]:
-    """The choices that tables may make for the kernels of a case's family, one kernel at a time."""
+def _choices(case: KernelCase | None) -> dict[str, Sequence[Mapping[str, Any]]]:
+    """Configuration name -> choices, of the family of a case."""
     family = backends._FAMILY_OF[case.op if case else "adamw"]
-    yield {}
-    for module in modules_of(family):
-        for kernel, choices in getattr(module, "CONFIGURATIONS", {}).items():
-            for constants in choices:
-                yield {kernel: constants}
+    return {
+        name: found for module in modules_of(family) for name, found in getattr(module, "CONFIGURATIONS", {}).items()
+    }
+
+
+def _every(case: KernelCase | None) -> Iterator[Forced]:
+    for name, choices in _choices(case).items():
+        for constants in choices:
+            yield {name: constants}
+
+
+def _own_products(case: KernelCase | None) -> Iterator[Forced]:
+    """The first configuration of every product that is ours and not the library's."""
+    first = {
+        name: next((constants for constants in choices if constants.get("gemm") == "triton"), None)
+        for name, choices in _choices(case).items()
+    }
+    ours = {name: constants for name, constants in first.items() if constants is not None}
+    if ours:
+        yield ours
 
 
 def modules_of(family: str) -> list[Any]:
@@ -169,32 +198,22 @@ def _specialised(launch: jit.Launch) -> str:
 
 def compile_job(job: Job) -> Compiled:
     """Compile one launch as the just-in-time compiler would on its target."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
-    from triton.compiler import compile as triton_compile
-    from triton.runtime.jit import create_function_from_signature
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
 
     begin = time.perf_counter()
-    target = GPUTarget("cuda", job.target, 32)
-    backend = make_backend(target)
     kernel, launch = job.launch.kernel, job.launch
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    keywords = {**launch.constants, "debug": False}
-    bound, specialization, options = binder(*launch.arguments, **keywords)
-    options, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
-    if not job.aligned:
-        attributes = {}
-    source = ASTSource(kernel, signature, constants, attributes)
-    binary = triton_compile(source, target=target, options=options.__dict__)
+    head = Compiled(
+        kernel=kernel.__name__, source=source_hash(kernel), target=job.target, constants=dict(launch.constants),
+        signature=_specialised(launch), aligned=job.aligned, default=job.default, case=job.case,
+    )  # fmt: skip
+    try:
+        binary = _compile(job)
+    except (CompilationError, OutOfResources, PTXASError, RuntimeError) as error:
+        return replace(head, error=f"{type(error).__name__}: {str(error).splitlines()[-1][:200]}")
     registers, stack = _resources(binary.asm["cubin"])
-    return Compiled(
-        kernel=kernel.__name__,
-        source=source_hash(kernel),
-        target=job.target,
-        constants=dict(launch.constants),
-        signature=_specialised(launch),
-        aligned=job.aligned,
-        case=job.case,
+    return replace(
+        head,
         registers=registers,
         spill_bytes=stack,
         shared_bytes=int(binary.metadata.shared),
@@ -202,6 +221,23 @@ def compile_job(job: Job) -> Compiled:
         instructions=_instructions(binary.asm["cubin"]),
         seconds=round(time.perf_counter() - begin, 2),
     )
+
+
+def _compile(job: Job) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.compiler import compile as triton_compile
+    from triton.runtime.jit import create_function_from_signature
+
+    target = GPUTarget("cuda", job.target, 32)
+    backend = make_backend(target)
+    kernel, launch = job.launch.kernel, job.launch
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    keywords = {**launch.constants, "debug": False}
+    bound, specialization, options = binder(*launch.arguments, **keywords)
+    options, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
+    source = ASTSource(kernel, signature, constants, attributes if job.aligned else {})
+    return triton_compile(source, target=target, options=options.__dict__)
 
 
 def _tool(name: str) -> str:
@@ -276,39 +312,47 @@ def _compile_at(index: int) -> Compiled:
 
 
 def faults(compiled: Sequence[Compiled]) -> list[str]:
-    """What breaks the limits: spills, shared memory beyond the device's, matrix kernels without tensor cores."""
+    """What breaks the limits of what is taken by default: spills, shared memory beyond the device's, matrix kernels
+    without tensor cores, errors. A choice that only a table may name breaks nothing: tuning measures it or drops it."""
     found = []
+    matrix = {c.kernel for c in compiled if _multiplies(c.kernel)}
     for c in compiled:
-        where = f"{c.kernel} on sm_{c.target} ({c.case}, {dict(c.constants)}{'' if c.aligned else ', unaligned'})"
-        if c.spill_bytes > SPILL_LIMIT and c.aligned:
-            found.append(f"{where}: {c.spill_bytes} bytes of stack, allowed {SPILL_LIMIT}")
+        if not (c.default and c.aligned):
+            continue
+        where = f"{c.kernel} on sm_{c.target} ({c.case}, {dict(c.constants)})"
         limit = jit.TARGETS[c.target].shared_bytes
-        if c.shared_bytes > limit:
+        if c.error is not None:
+            found.append(f"{where}: {c.error}")
+        elif c.spill_bytes > SPILL_LIMIT:
+            found.append(f"{where}: {c.spill_bytes} bytes of stack, allowed {SPILL_LIMIT}")
+        elif c.shared_bytes > limit:
             found.append(f"{where}: {c.shared_bytes} bytes of shared memory, the device has {limit}")
-    products = {(c.kernel, c.target): 0 for c in compiled if _multiplies(c)}
-    for c in compiled:
-        if (c.kernel, c.target) in products and c.aligned and not c.tensor_cores:
-            found.append(f"{c.kernel} on sm_{c.target} ({c.case}): no {TENSOR_CORES[c.target]}")
+        elif c.kernel in matrix and not c.tensor_cores:
+            found.append(f"{where}: no {TENSOR_CORES[c.target]}")
+    for kernel in sorted(matrix):
+        for target in sorted({c.target for c in compiled if c.kernel == kernel}):
+            of_kernel = [c for c in compiled if (c.kernel, c.target) == (kernel, target)]
+            if not any(c.tensor_cores and not c.spill_bytes and c.error is None for c in of_kernel):
+                found.append(f"{kernel} on sm_{target}: no choice without spills and with {TENSOR_CORES[target]}")
     return found
 
 
-def _multiplies(c: Compiled) -> bool:
+def _multiplies(kernel: str) -> bool:
     """Whether the kernel's source multiplies matrices."""
-    _load()
     for family in MATRIX_FAMILIES:
         for module in modules_of(family):
-            kernel = getattr(module, c.kernel, None)
-            if kernel is not None:
-                return any("tl.dot" in source for source in _sources(kernel.fn, set()))
+            if hasattr(module, kernel):
+                return any("tl.dot" in source for source in _sources(getattr(module, kernel).fn, set()))
     return False
 
 
 def covering(cases: Sequence[KernelCase] = CASES) -> list[KernelCase]:
-    """The first case of every op: all kernels, in the configuration that they take by default."""
+    """The first case of every op, and the longest of attention, whose kernels are others: every kernel at least once."""
     first: dict[str, KernelCase] = {}
     for case in cases:
         first.setdefault(case.op, case)
-    return list(first.values())
+    longest = max((case for case in cases if case.op == "attention"), key=lambda case: case.x, default=None)
+    return [*first.values(), *([longest] if longest is not None else [])]
 
 
 def _load() -> None:
@@ -326,7 +370,8 @@ def table(compiled: Sequence[Compiled]) -> str:
     for c in compiled:
         constants = " ".join(f"{name}={value}" for name, value in c.constants.items())
         lines.append(
-            f"| {c.kernel}{'' if c.aligned else ' (unaligned)'} | sm_{c.target} | {c.case} | {constants} | {c.registers} "
+            f"| {c.kernel}{'' if c.aligned else ' (unaligned)'} | sm_{c.target} | {c.case} | {constants}"
+            f"{'' if c.default else ' (by table)'}{f' **{c.error}**' if c.error else ''} | {c.registers} "
             f"| {c.spill_bytes} | {c.shared_bytes:,} | {c.tensor_cores} | {sum(c.instructions.values()):,} |"
         )
     return "\n".join(lines) + "\n"
@@ -352,9 +397,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write FILE.json and FILE.md")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
-    cases = [case for case in CASES if not options.op or case.op in options.op]
-    if not options.all:
-        cases = covering(cases)
+    known = {case.op for case in CASES} | {"adamw"}
+    for op in options.op:
+        if op not in known:
+            raise BackendError(f"--op {op!r}; known: {', '.join(sorted(known))}")
+    chosen = [case for case in CASES if not options.op or case.op in options.op]
+    cases: list[KernelCase | None] = [*(chosen if options.all else covering(chosen))]
+    if not options.op or "adamw" in options.op:
+        cases.append(None)
     targets = [int(target) for target in options.targets.split(",")]
     found = jobs(cases, targets, every_configuration=options.all)
     compiled = compile_all(

@@ -1,0 +1,41 @@
+"""Our custom ops for fvcore's counter, which knows torch's own ops only and takes the others for free.
+
+    FlopCountAnalysis(model, inputs).set_op_handle(**handles())
+
+fvcore counts multiply-adds and calls them flops; it sees the forward only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from longskip.errors import LongskipError
+from longskip.kernels import backends, library
+
+
+def handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
+    """``{op: handle}``: multiply-adds of one traced call of each ``longskip::`` op, by the formula it declares."""
+    for ops in backends.FAMILIES.values():
+        backends.available(ops[0], torch.device("cpu"))  # loads the op's file
+    return {name: _handle(name) for name in library.FLOPS}
+
+
+def _handle(name: str) -> Callable[[list[Any], list[Any]], int]:
+    def handle(inputs: list[Any], outputs: list[Any]) -> int:
+        return library.FLOPS[name](*(_value(name, value) for value in inputs)) // 2
+
+    return handle
+
+
+def _value(name: str, value: Any) -> Any:
+    """A traced value as the formula takes it: a meta tensor of its shape, or the constant it is."""
+    kind = value.type()
+    if isinstance(kind, torch._C.TensorType):
+        sizes = kind.sizes()
+        if sizes is None:
+            raise LongskipError(f"{name}: the trace holds no shape for an argument, so it cannot be counted")
+        return torch.empty(sizes, dtype=kind.dtype() or torch.float32, device="meta")
+    return value.toIValue()

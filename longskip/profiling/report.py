@@ -79,7 +79,9 @@ def render_html(logs: Sequence[RunLog]) -> str:
         quality=reportdata.quality_rows(logs),
         steps=sorted({grid.step for log in logs for grid in _shown(log.samples)}),
         config_rows=differing,
-        environment_rows=reportdata.comparison([log.environment for log in logs], only_differing=False),
+        environment_rows=reportdata.comparison(
+            [log.environment | reportdata.served(log) for log in logs], only_differing=False
+        ),
         charts=defaultdict(list, data["charts"]),
         data=_json(data),
         style=Markup(_asset(environment, "report.css")),

@@ -244,6 +244,20 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
+def served(log: RunLog) -> dict[str, Any]:
+    """``{"kernels": {op: "backend (reason), …"}}``: which implementation served each op; {} where the run does not say."""
+    said = log.info.get("kernels")
+    if not isinstance(said, dict):
+        return {}
+    texts = {}
+    for op, by in said.items():
+        if isinstance(by, dict):
+            texts[op] = ", ".join(f"{backend} ({reason})" for backend, reason in by.items())
+        elif isinstance(by, list) and len(by) == 2:  # before the first step: what was going to serve
+            texts[op] = f"{by[0]} ({by[1]})"
+    return {"kernels": texts}
+
+
 def comparison(maps: Sequence[Mapping[str, Any]], *, only_differing: bool) -> list[dict[str, Any]]:
     """Dotted keys side by side: ``{key, values, differs}``; a key that one of the maps lacks has None there."""
     flat = [flatten(item) for item in maps]

@@ -258,3 +258,21 @@ def test_durations_lose_less_than_their_smaller_unit(seconds: float) -> None:
     total = sum(int(number) * size[unit] for number, unit in zip(words[::2], words[1::2], strict=True))
     smaller = {"d": 3600, "h": 60, "min": 1}[words[1]]
     assert -0.5 <= seconds - total < smaller + 0.5
+
+
+def test_the_page_says_which_implementation_served_each_op(tmp_path: Path, run_maker) -> None:
+    run = run_maker(tmp_path / "run")
+    said = json.loads((run / "run.json").read_text())
+    said["kernels"] = {
+        "adaln": {"triton": "auto: measured"},
+        "attention": {"torch": "a", "triton": "b"},
+        "mlp": ["torch", "c"],
+    }
+    (run / "run.json").write_text(json.dumps(said))
+    text = render(run)[1].text
+    for shown in (
+        "kernels.adaln triton (auto: measured)",
+        "kernels.attention torch (a), triton (b)",
+        "kernels.mlp torch (c)",
+    ):
+        assert shown in text

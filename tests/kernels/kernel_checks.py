@@ -50,6 +50,7 @@ PUBLIC: dict[str, Callable[..., Any]] = {
     name: getattr(kernels, name)
     for name in (
         "attention",
+        "attention_varlen",
         "layer_norm",
         "rms_norm",
         "adaln",
@@ -79,6 +80,10 @@ def _mask(batch: int, keys: int) -> Tensor:
     return mask
 
 
+def _offsets(*places: int) -> Tensor:
+    return torch.tensor(places, dtype=torch.int32)
+
+
 def _mlp(rows: tuple[int, ...], h: int, m: int, out: int) -> dict[str, tuple[int, ...]]:
     return {"x": (*rows, h), "w1": (m, h), "b1": (m,), "w2": (out, m), "b2": (out,)}
 
@@ -102,12 +107,29 @@ CASES: list[Case] = [
     ),
     Case("attention", "one", {"q": (1, 1, 3, 1, 1)}),
     Case("attention", "334-tokens", {"q": (1, 334, 3, 1, 64)}),
+    Case("attention", "two-blocks", {"q": (2, 67, 3, 2, 32)}),
+    Case(
+        "attention",
+        "wide-cross-masked",
+        {"q": (3, 19, 1, 72), "k": (3, 65, 1, 72), "v": (3, 65, 1, 72)},
+        {"key_mask": _mask(3, 65)},
+    ),
+    Case("attention_varlen", "packed", {"q": (13, 3, 2, 5)}, {"cu_seqlens": _offsets(0, 3, 3, 13)}),
+    Case("attention_varlen", "packed-two-blocks", {"q": (73, 3, 1, 64)}, {"cu_seqlens": _offsets(0, 2, 2, 69, 73)}),
+    Case(
+        "attention_varlen",
+        "cross",
+        {"q": (9, 1, 80), "k": (7, 1, 80), "v": (7, 1, 80)},
+        {"cu_seqlens": _offsets(0, 3, 5, 9), "cu_seqlens_k": _offsets(0, 3, 3, 7)},
+        {"scale": -0.2},
+    ),
     Case("layer_norm", "affine", {"x": (3, 5, 37), "weight": (37,), "bias": (37,)}),
     Case("layer_norm", "weight-only", {"x": (7, 129), "weight": (129,)}),
     Case("layer_norm", "bias-only", {"x": (7, 31), "bias": (31,)}, {}, {"eps": 1e-3}),
     Case("layer_norm", "residual", {"x": (3, 5, 63), "weight": (63,), "bias": (63,), "residual": (3, 5, 63)}),
     Case("layer_norm", "wide-affine", {"x": (3, 41), "weight": (41,), "bias": (41,)}, wide=("weight", "bias")),
     Case("layer_norm", "plain", {"x": (11, 2)}),
+    Case("layer_norm", "two-pieces", {"x": (5, 517), "weight": (517,), "bias": (517,)}),
     Case("rms_norm", "weight", {"x": (3, 5, 37), "weight": (37,)}),
     Case("rms_norm", "wide-weight", {"x": (3, 41), "weight": (41,)}, wide=("weight",)),
     Case("rms_norm", "residual", {"x": (2, 3, 129), "weight": (129,), "residual": (2, 3, 129)}),
@@ -119,13 +141,21 @@ CASES: list[Case] = [
         "odd",
         {"x": (3, 7, 31), "y": (3, 7, 31), "gate": (3, 31), "shift": (3, 31), "scale": (3, 31)},
     ),
+    Case(
+        "gated_adaln",
+        "two-pieces",
+        {"x": (2, 3, 517), "y": (2, 3, 517), "gate": (2, 517), "shift": (2, 517), "scale": (2, 517)},
+    ),
     Case("gated_residual", "odd", {"x": (3, 7, 31), "y": (3, 7, 31), "gate": (3, 31)}),
     Case("mlp", "erf", _mlp((3, 5), 13, 53, 11)),
     Case("mlp", "tanh", _mlp((3, 5), 13, 53, 13), {}, {"activation": "gelu_tanh"}),
     Case("mlp", "one", _mlp((1,), 1, 1, 1)),
     Case("mlp", "no-bias", {"x": (7, 13), "w1": (17, 13), "w2": (3, 17)}, {}, {"b1": None, "b2": None}),
+    Case("mlp", "wide", _mlp((3, 11), 67, 263, 65)),
     Case("swiglu", "odd", {"x": (3, 5, 13), "w_gate": (29, 13), "w_up": (29, 13), "w_down": (7, 29)}),
+    Case("swiglu", "wide", {"x": (33, 67), "w_gate": (131, 67), "w_up": (131, 67), "w_down": (65, 131)}),
     Case("skip_linear", "odd", {"x": (3, 7, 13), "skip": (3, 7, 13), "weight": (13, 26), "bias": (13,)}),
+    Case("skip_linear", "wide", {"x": (3, 43, 40), "skip": (3, 43, 40), "weight": (70, 80), "bias": (70,)}),
     Case("skip_linear", "no-bias", {"x": (5, 1), "skip": (5, 1), "weight": (3, 2)}),
     Case("qk_norm_rotary", "rms", {"q": (2, 7, 3, 10), "k": (2, 7, 3, 10)}, _angles(7, 5)),
     Case(
@@ -141,6 +171,12 @@ CASES: list[Case] = [
         "norm-only",
         {"q": (1, 3, 2, 7), "k": (1, 5, 2, 7), "q_weight": (7,), "k_weight": (7,)},
         wide=("q_weight", "k_weight"),
+    ),
+    Case(
+        "qk_norm_rotary",
+        "many-tiles",
+        {"q": (2, 9, 5, 72), "k": (2, 9, 3, 72), "q_weight": (72,), "k_weight": (72,)},
+        _angles(9, 36),
     ),
     Case("diffusion_loss", "v", *_flow(5, 3, 7, 7)),
     Case("diffusion_loss", "x", *_flow(7, 3, 17, 47), {"prediction_kind": "x"}),
@@ -246,3 +282,21 @@ def judge(name: str, ours: Tensor, eagers: list[Tensor], reference: Tensor) -> N
 
 def _rms(tensor: Tensor) -> float:
     return tensor.square().mean().sqrt().item() if tensor.numel() else 0.0
+
+
+def check_against_float64(
+    case: Case, dtype: torch.dtype = torch.float32, backend: str = "triton", seeds: int = 1
+) -> None:
+    """Every output and gradient by the rule of ``judge``, over several seeds together where few values would be chance."""
+    found: dict[str, list[list[Tensor]]] = {}
+    for seed in range(seeds):
+        values = case.cast(case.values(seed), dtype)
+        ours, cotangents = run(case, values, backend)
+        rounded = [c.to(ours[f"out{at}"].dtype).to(FLOAT64) for at, c in enumerate(cotangents)]
+        exact, _ = run(case, {name: value.to(FLOAT64) for name, value in values.items()}, "reference", rounded)
+        runs = (ours, exact, *eager_runs(case, values, backend, cotangents))
+        for name in exact:
+            found.setdefault(name, []).append([one[name].flatten() for one in runs])
+    for name, parts in found.items():
+        kernel, reference, *eagers = (torch.cat(same) for same in zip(*parts, strict=True))
+        judge(f"{case.id} {name}", kernel, eagers, reference)

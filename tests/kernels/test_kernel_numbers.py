@@ -105,6 +105,8 @@ def layout(value: Tensor, kind: str) -> Tensor:
 @pytest.mark.parametrize("kind", ["strided", "transposed", "offset", "expanded"])
 @pytest.mark.parametrize(("case", "backend"), served(SMALL))
 def test_layouts(case: Case, backend: str, kind: str) -> None:
+    if kind == "expanded" and case.op == "attention_varlen":
+        pytest.skip("equal keys: exact gradients of 0, which leave no error to compare with")
     laid = {name: layout(value, kind) for name, value in case.cast(case.values(), torch.float32).items()}
     plain = {name: value.clone(memory_format=torch.contiguous_format) for name, value in laid.items()}
     ours, cotangents = run(case, laid, backend)
@@ -129,6 +131,7 @@ def test_inputs_are_left_alone_and_calls_repeat(case: Case, backend: str) -> Non
 # For each op: the input that has rows, and the axes of the output over which one row must stay by itself.
 ROWS = {
     "attention": ("q", 1),
+    "attention_varlen": ("q", 0),
     "layer_norm": ("x", 1),
     "rms_norm": ("x", 1),
     "adaln": ("x", 2),
@@ -191,7 +194,13 @@ EMPTY = [
         {"q": (2, 3, 2, 4), "k": (2, 0, 2, 4), "v": (2, 0, 2, 4)},
         {"key_mask": torch.ones(2, 0, dtype=torch.bool)},
     ),
+    Case("attention", "no-keys-wide", {"q": (2, 3, 2, 72), "k": (2, 0, 2, 72), "v": (2, 0, 2, 72)}),
+    Case("attention", "no-keys-narrow", {"q": (2, 3, 2, 32), "k": (2, 0, 2, 32), "v": (2, 0, 2, 32)}),
+    Case("attention", "no-queries-wide", {"q": (2, 0, 2, 72), "k": (2, 3, 2, 72), "v": (2, 3, 2, 72)}),
+    Case("attention", "no-queries-narrow", {"q": (2, 0, 2, 32), "k": (2, 3, 2, 32), "v": (2, 3, 2, 32)}),
     Case("attention", "no-queries", {"q": (2, 0, 2, 4), "k": (2, 3, 2, 4), "v": (2, 3, 2, 4)}),
+    Case("attention_varlen", "no-tokens", {"q": (0, 3, 2, 32)}, {"cu_seqlens": torch.tensor([0, 0, 0])}),
+    Case("attention_varlen", "no-sequences", {"q": (0, 3, 2, 32)}, {"cu_seqlens": torch.tensor([0])}),
     Case("layer_norm", "no-rows", {"x": (0, 7), "weight": (7,), "bias": (7,), "residual": (0, 7)}),
     Case("rms_norm", "no-rows", {"x": (3, 0, 7), "weight": (7,)}),
     Case("adaln", "no-tokens", {"x": (2, 0, 7), "shift": (2, 7), "scale": (2, 7)}),
@@ -225,7 +234,7 @@ def test_nothing_in_nothing_out(case: Case, backend: str) -> None:
             assert tensor.shape == values[name[1:]].shape
         assert torch.equal(tensor, torch.zeros_like(tensor)), name
     if case.label.startswith("no-keys"):
-        assert named["out0"].shape == (2, 3, 2, 4)
+        assert named["out0"].shape == case.inputs["q"]
 
 
 def test_every_public_op_has_cases() -> None:

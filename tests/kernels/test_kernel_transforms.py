@@ -22,6 +22,7 @@ TINY = [
         {"q": (2, 2, 1, 2), "k": (2, 3, 1, 2), "v": (2, 3, 1, 2)},
         {"key_mask": torch.tensor([[True, False, True], [False, False, False]])},
     ),
+    Case("attention_varlen", "packed", {"q": (4, 3, 1, 2)}, {"cu_seqlens": torch.tensor([0, 1, 1, 4])}),
     Case("layer_norm", "all", {"x": (2, 3), "weight": (3,), "bias": (3,), "residual": (2, 3)}),
     Case("rms_norm", "all", {"x": (2, 3), "weight": (3,), "residual": (2, 3)}),
     Case("gated_adaln", "all", {"x": (1, 2, 3), "y": (1, 2, 3), "gate": (1, 3), "shift": (1, 3), "scale": (1, 3)}),
@@ -113,8 +114,10 @@ def test_public_functions_compile_into_one_graph(case: Case) -> None:
     torch._dynamo.reset()
     values = case.cast(case.values(), torch.float32)
     compiled = torch.compile(case.call, backend="eager", fullgraph=True)
+    # Sequences of variable length are traced as one masked call, whose sums are rounded otherwise.
+    tolerance = 1e-6 if case.op == "attention_varlen" else 0.0
     for got, wanted in zip(compiled(values), case.call(values), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+        torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
 
 
 def test_a_compiled_function_follows_the_settings() -> None:

@@ -407,19 +407,19 @@ def adamw_forward(
 
 
 def attention_varlen_forward(
-    *, queries: int, keys: int, pairs: int, heads: int, head_dim: int, itemsize: int = 4
+    *, queries: int, keys: int, pairs: int, heads: int, head_dim: int, offset_bytes: int = 0, itemsize: int = 4
 ) -> OpCost:
     """``attention_forward`` summed over sequences: ``queries`` and ``keys`` are all of them, ``pairs`` the sum of each
-    sequence's queries times its keys. The offsets' bytes are not counted."""
-    moved = heads * head_dim * (2 * queries + 2 * keys) * itemsize
+    sequence's queries times its keys."""
+    moved = heads * head_dim * (2 * queries + 2 * keys) * itemsize + offset_bytes
     return OpCost(2 * heads * pairs * head_dim, 6 * heads * pairs, moved)
 
 
 def attention_varlen_backward(
-    *, queries: int, keys: int, pairs: int, heads: int, head_dim: int, itemsize: int = 4
+    *, queries: int, keys: int, pairs: int, heads: int, head_dim: int, offset_bytes: int = 0, itemsize: int = 4
 ) -> OpCost:
     """``attention_backward`` from saved weights, summed over sequences."""
-    moved = heads * (head_dim * (3 * queries + 4 * keys) + pairs) * itemsize
+    moved = heads * (head_dim * (3 * queries + 4 * keys) + pairs) * itemsize + offset_bytes
     return OpCost(4 * heads * pairs * head_dim, 5 * heads * pairs, moved)
 
 
@@ -468,6 +468,41 @@ def attention_backward_padded(
 def _whole(size: int, block: int) -> int:
     """The size in whole blocks."""
     return -(-size // block) * block
+
+
+def matmul_padded(rows: int, columns: int, inner: int, *, block_m: int, block_n: int, block_k: int) -> int:
+    """Multiply-adds that a product in tiles of (block_m, block_n, block_k) executes, past its edges too."""
+    return _whole(rows, block_m) * _whole(columns, block_n) * _whole(inner, block_k)
+
+
+def skip_linear_forward_padded(*, rows: int, width: int, out: int, **blocks: int) -> int:
+    """The inner axis runs over x, then over skip, in whole blocks each."""
+    return 2 * matmul_padded(rows, out, width, **blocks)
+
+
+def skip_linear_backward_padded(*, rows: int, width: int, out: int, **blocks: int) -> int:
+    """The halves of [dx | dskip] and of the weight's gradient are tiled each by itself."""
+    return 2 * matmul_padded(rows, width, out, **blocks) + 2 * matmul_padded(out, width, rows, **blocks)
+
+
+def mlp_forward_padded(*, rows: int, width: int, hidden: int, out: int, **blocks: int) -> int:
+    return matmul_padded(rows, hidden, width, **blocks) + matmul_padded(rows, out, hidden, **blocks)
+
+
+def mlp_backward_padded(*, rows: int, width: int, hidden: int, out: int, **blocks: int) -> int:
+    """The hidden gradient, dx, and the two weights' gradients."""
+    of_inputs = matmul_padded(rows, hidden, out, **blocks) + matmul_padded(rows, width, hidden, **blocks)
+    return of_inputs + matmul_padded(hidden, width, rows, **blocks) + matmul_padded(out, hidden, rows, **blocks)
+
+
+def swiglu_forward_padded(*, rows: int, width: int, hidden: int, out: int, **blocks: int) -> int:
+    return 2 * matmul_padded(rows, hidden, width, **blocks) + matmul_padded(rows, out, hidden, **blocks)
+
+
+def swiglu_backward_padded(*, rows: int, width: int, hidden: int, out: int, **blocks: int) -> int:
+    """As the MLP's, with two products for dx and for the first weights."""
+    of_inputs = matmul_padded(rows, hidden, out, **blocks) + 2 * matmul_padded(rows, width, hidden, **blocks)
+    return of_inputs + 2 * matmul_padded(hidden, width, rows, **blocks) + matmul_padded(out, hidden, rows, **blocks)
 
 
 FORMULAS: dict[str, OpFormula] = {

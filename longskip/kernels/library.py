@@ -24,6 +24,8 @@ _CURE = 'run it inside longskip.kernels.use("reference"), whose ops are plain to
 
 # ``flops(*the op's arguments) -> int``: contraction FLOPs of one call, 2 per multiply-add.
 FLOPS: dict[str, Callable[..., int]] = {}
+# The part of them that repeats a contraction of the same derivative, for the ops that recompute instead of saving.
+RECOMPUTED: dict[str, Callable[..., int]] = {}
 
 
 class Op:
@@ -58,12 +60,13 @@ def custom(
     fake: Callable[..., Any],
     *,
     flops: Callable[..., int] | None = None,
+    recomputed: Callable[..., int] | None = None,
     mutates: Iterable[str] = (),
 ) -> Op:
     """The custom op ``longskip::name``: ``run`` on a device, ``fake`` on the meta device and under compile.
 
     ``run``'s annotations give the schema. ``flops`` takes the op's arguments and returns its contraction FLOPs (None:
-    it has none).
+    it has none), ``recomputed`` in the same way the part of them that repeats a contraction.
     """
     op = torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=tuple(mutates))
     op.register_fake(fake)
@@ -75,6 +78,8 @@ def custom(
 
     register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), name), get_raw=True)(of_call)
     FLOPS[f"{NAMESPACE}::{name}"] = count
+    if recomputed is not None:
+        RECOMPUTED[f"{NAMESPACE}::{name}"] = recomputed
     return Op(name, op, run)
 
 

@@ -112,11 +112,11 @@ def test_334_tokens(head_dim: int) -> None:
 
 
 @pytest.mark.parametrize("share", [None, 0.5, 0.02])
-@pytest.mark.parametrize(("queries", "keys"), [(7, 131), (131, 3)])
+@pytest.mark.parametrize(("queries", "keys"), [(7, 131), (131, 9)])
 @pytest.mark.parametrize("head_dim", [32, 80])
 def test_cross_and_masked(head_dim: int, queries: int, keys: int, share: float | None) -> None:
     """Two per cent of the keys leaves whole blocks without one."""
-    against_float64(cross(3, queries, keys, head_dim, share))
+    against_float64(cross(2, queries, keys, head_dim, share))
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
@@ -430,8 +430,7 @@ def test_transforms_are_refused() -> None:
                 torch.autograd.grad(grad.sum(), leaf)
 
 
-@pytest.mark.parametrize("head_dim", [64, 72])
-@pytest.mark.parametrize("kind", ["packed", "masked", "varlen"])
+@pytest.mark.parametrize(("kind", "head_dim"), [("packed", 64), ("packed", 72), ("masked", 64), ("varlen", 64)])
 def test_compiled_whole_graphs_give_the_same_bits(kind: str, head_dim: int) -> None:
     torch._dynamo.reset()
     mask, offsets = torch.rand(2, 7) < 0.5, torch.tensor([0, 3, 7])

@@ -7,8 +7,8 @@ model speak of the same tensors; the tests compare them to the integer with inde
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from longskip.errors import SpecError
 
@@ -443,21 +443,42 @@ def _norm(name: str, width: int) -> list[ParamSpec]:
 
 @dataclass(frozen=True)
 class TextEncoderSpec:
-    """Shape of the word encoder: a table of ``vocab_size`` vectors of ``width``, texts of ``n_tokens`` ids."""
+    """Shape of the word encoder: a table of ``vocab_size`` vectors of ``width``, texts of ``n_tokens`` ids, and ``depth``
+    layers in which a word sees the ``REACH`` words before it and after it."""
 
     vocab_size: int
     width: int
     n_tokens: int
+    depth: int = 0
+
+    REACH: ClassVar[int] = 3  # a noun's own words, and the next word that relates it to another
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            _whole(self, item.name, 1)
+        for name in ("vocab_size", "width", "n_tokens"):
+            _whole(self, name, 1)
+        _whole(self, "depth", 0)
+
+    @property
+    def window(self) -> int:
+        """Words that a word sees in a layer, itself included."""
+        return 2 * self.REACH + 1
 
     def parameters(self) -> dict[str, tuple[ParamSpec, ...]]:
         """Unit → its parameters."""
-        return {"embedding": (ParamSpec("embedding.weight", (self.vocab_size, self.width), "normal", False),)}
+        table = [ParamSpec("embedding.weight", (self.vocab_size, self.width), "normal", False)]
+        for index in range(self.depth):
+            table += _norm(f"layers.{index}.norm", self.width)
+            table += _linear(f"layers.{index}.linear", self.width, self.window * self.width, init="xavier")
+        return {"embedding": tuple(table)}
 
     def param_counts(self) -> ParamCounts:
-        """One row of the table is looked up per text token; no contraction."""
-        count = self.vocab_size * self.width
-        return ParamCounts(0, 0, count, {"embedding": count})
+        """One row of the table is looked up per text token; every text token passes the layers."""
+        h = self.width
+        by_part = {"embedding": self.vocab_size * h, "layers": self.depth * (self.window * h**2 + 3 * h)}
+        return ParamCounts(0, 0, sum(by_part.values()), by_part)
+
+    def flops(self, batch: int = 1) -> Flops:
+        """Contractions of one forward pass of ``batch`` texts: the layers' linears. A step executes exactly
+        ``model_flops``: everything needs its gradient."""
+        macs = batch * self.depth * self.n_tokens * self.window * self.width**2
+        return Flops(batch, batch * self.n_tokens, 0, {"layers": macs})

@@ -1,22 +1,34 @@
-"""The small trainable text encoder: one vector per word."""
+"""The small trainable text encoder: one vector per word, and layers in which neighbouring words see one another."""
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from longskip.errors import ConditioningError
+from longskip.kernels.norm import layer_norm
 from longskip.models.packed import Layout, Packed
-from longskip.models.specs import TextEncoderSpec
+from longskip.models.specs import NORM_EPS, TextEncoderSpec
 
-__all__ = ["WordEncoder"]
+__all__ = ["WordEncoder", "windows"]
+
+
+def windows(x: Tensor, reach: int) -> Tensor:
+    """(B, T, E) → (B, T, (2·reach + 1)·E): for every token those from ``reach`` before it to ``reach`` after it, in
+    order, zero beyond the ends."""
+    padded = F.pad(x, (0, 0, reach, reach))  # (B, T + 2·reach, E)
+    return torch.cat([padded[:, shift : shift + x.shape[1]] for shift in range(2 * reach + 1)], dim=-1)
 
 
 class WordEncoder(Packed):
     """Token ids (B, n_tokens) → (B, n_tokens, width). Id 0 is padding and has a learned vector of its own.
 
-    Word order reaches the model through the U-ViT's position embedding of the text tokens.
+    Without layers, word order reaches the model through the U-ViT's position embedding of the text tokens alone: all
+    blocks together have to find out which words stand beside which. A layer adds GELU(linear(window)) to every word, the
+    window being the normed vectors of the words around it, zero beyond the ends.
     """
 
     def __init__(
@@ -51,7 +63,19 @@ class WordEncoder(Packed):
                 f"token ids span {int(tokens.min())}..{int(tokens.max())}, the vocabulary 0..{spec.vocab_size - 1}",
                 cure="tokenise with the vocabulary that this encoder was built for",
             )
-        return F.embedding(tokens, self.views()["embedding.weight"])  # (B, n_tokens, width)
+        with self.guard():
+            return self.compute(tokens, self.views())
+
+    def compute(self, tokens: Tensor, p: dict[str, Tensor]) -> Tensor:
+        """The same as a pure function of ids and parameters ``p``."""
+        x = F.embedding(tokens, p["embedding.weight"])  # (B, n_tokens, width)
+        for index in range(self.spec.depth):
+            layer = f"layers.{index}"
+            y = layer_norm(x, p[f"{layer}.norm.weight"], p[f"{layer}.norm.bias"], eps=NORM_EPS)
+            window = windows(cast(Tensor, y), self.spec.REACH)  # (B, n_tokens, window * width); y is no pair here
+            x = x + F.gelu(F.linear(window, p[f"{layer}.linear.weight"], p[f"{layer}.linear.bias"]))
+        return x
 
     def extra_repr(self) -> str:
-        return f"vocab_size={self.spec.vocab_size}, width={self.spec.width}, n_tokens={self.spec.n_tokens}"
+        spec = self.spec
+        return f"vocab_size={spec.vocab_size}, width={spec.width}, n_tokens={spec.n_tokens}, depth={spec.depth}"

@@ -174,11 +174,20 @@ def _own_products(case: KernelCase | None) -> Iterator[Forced]:
 
 
 def modules_of(family: str) -> list[Any]:
-    """The files that hold a family's Triton kernels."""
-    module = importlib.import_module(f"longskip.kernels.{family}_triton")
-    others = {inspect.getmodule(value) for value in vars(module).values() if callable(value) or hasattr(value, "fn")}
-    named = [m for m in others if m is not None and m.__name__.startswith("longskip.kernels.") and m is not module]
-    return [module, *sorted((m for m in named if m.__name__.endswith("_triton")), key=lambda m: m.__name__)]
+    """The files that hold a family's Triton kernels: its own, and those that it takes modules or functions from."""
+    found: dict[str, Any] = {}
+
+    def look(module: Any) -> None:
+        if module.__name__ not in found:
+            found[module.__name__] = module
+            for value in vars(module).values():
+                home = value if inspect.ismodule(value) else inspect.getmodule(getattr(value, "fn", value))
+                name = getattr(home, "__name__", "")
+                if name.startswith("longskip.kernels.") and name.endswith("_triton"):
+                    look(home)
+
+    look(importlib.import_module(f"longskip.kernels.{family}_triton"))
+    return list(found.values())
 
 
 def _specialised(launch: jit.Launch) -> str:

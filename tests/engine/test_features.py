@@ -159,6 +159,22 @@ def test_samples_with_one_caption_are_read_at_once(folder: Path, monkeypatch: py
     assert sorted(careful) == [i for i in range(SAMPLES) if i % 3 == 0]
 
 
+def test_a_long_text_is_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = {2: 20_000, 5: 70_000, 8: spans.LONG - 1}
+    place = write(tmp_path / "shards", (sample(i) | {"txt": "x" * long.get(i, 9)} for i in range(1, 12) if i % 3))
+    alone: list[int] = []
+    with_care = features._Batch._with_care
+
+    def noting(self: Any, shard: int, descriptor: int, row: Any, slot: int) -> None:
+        alone.append(slot)
+        with_care(self, shard, descriptor, row, slot)
+
+    monkeypatch.setattr(features._Batch, "_with_care", noting)
+    batch = assembler(place).assemble(np.zeros(8, int), np.arange(8))
+    assert sorted(alone) == [1, 3] and not batch.bad
+    assert [len(caption) for caption in batch.captions] == [9, 20_000, 9, 70_000, 9, spans.LONG - 1, 9, 9]
+
+
 def test_captions_are_chosen_by_their_weights(folder: Path) -> None:
     read, epochs = assembler(folder), 2000
     batch = read.assemble(np.arange(epochs), np.full(epochs, 3))
@@ -371,8 +387,9 @@ def test_features_that_do_not_fit_the_model_are_refused(folder: Path, change: An
 @pytest.mark.usefixtures("ways")
 @pytest.mark.parametrize("member", ["latent.npy", "text.npy", "mask.npy", "txt"])
 @pytest.mark.parametrize("at", [20, -1])  # in a header, in the numbers
-def test_damage_is_found_whatever_it_hits(tmp_path: Path, member: str, at: int) -> None:
-    place = write(tmp_path / "shards", (sample(i) for i in range(8)))
+@pytest.mark.parametrize("mixed", [False, True])  # samples that are all alike are checked together
+def test_damage_is_found_whatever_it_hits(tmp_path: Path, member: str, at: int, mixed: bool) -> None:
+    place = write(tmp_path / "shards", (sample(i if mixed else 3 * i + 2) for i in range(8)))
     shard = load_index(place).shards[0]
     row = load_table(place, shard)[4]
     offset = int(row[f"{member}_offset"]) + (at % int(row[f"{member}_size"]))

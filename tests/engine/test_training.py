@@ -20,6 +20,7 @@ from tests.figures import figure
 from tests.ranks import run_ranks, small_config, train_ranks
 
 STEPS = 20
+LAYERS = {"text": {"kind": "words", "depth": 1}}  # a trained text encoder that is more than its table
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -45,7 +46,7 @@ def relative(a: dict[int, float], b: dict[int, float], steps: int = STEPS) -> fl
 @pytest.fixture(scope="module")
 def stage0(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "one-rank"
-    assert train_ranks(1, small_config(shapes, deepspeed={"zero_stage": 0}), run) == [0]
+    assert train_ranks(1, small_config(shapes, deepspeed={"zero_stage": 0}, encoders=LAYERS), run) == [0]
     return run
 
 
@@ -62,7 +63,7 @@ def _prepare_and_save(config: Config, run: Path) -> None:
 def test_stages_ranks_and_layouts_agree(shapes: Path, stage0: Path, tmp_path: Path, stage: int, layout: str) -> None:
     """Same global batch on 2 ranks at any stage in any layout: losses within 1e-6 of one rank's, fp32, 20 steps."""
     run = tmp_path / "run"
-    config = small_config(shapes, deepspeed={"zero_stage": stage}, engine={"layout": layout})
+    config = small_config(shapes, deepspeed={"zero_stage": stage}, engine={"layout": layout}, encoders=LAYERS)
     assert train_ranks(2, config, run) == [0, 0]
     worst = relative(losses(run), losses(stage0))
     figure(
@@ -182,12 +183,12 @@ def test_evaluation_and_samples_leave_training_bitwise_unchanged(shapes: Path, t
 def test_accumulation_and_bf16(shapes: Path, tmp_path: Path, stage0: Path) -> None:
     """Accumulation changes nothing but rounding; bf16 trains close to fp32 at stages 0 and 3 alike."""
     run = tmp_path / "accumulated"
-    assert train_ranks(2, small_config(shapes, train={"micro_batch": 2}), run) == [0, 0]
+    assert train_ranks(2, small_config(shapes, train={"micro_batch": 2}, encoders=LAYERS), run) == [0, 0]
     assert relative(losses(run), losses(stage0)) <= 1e-6
     curves = []
     for stage in (0, 3):
         run = tmp_path / f"bf16-{stage}"
-        config = small_config(shapes, train={"dtype": "bf16"}, deepspeed={"zero_stage": stage})
+        config = small_config(shapes, train={"dtype": "bf16"}, deepspeed={"zero_stage": stage}, encoders=LAYERS)
         assert train_ranks(2, config, run) == [0, 0]
         curves.append(losses(run))
     for curve in curves:

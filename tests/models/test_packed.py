@@ -14,7 +14,8 @@ from longskip.errors import LongskipError, SpecError
 from longskip.models.conditioning import Conditioning
 from longskip.models.packed import ALIGN, Packed
 from longskip.models.presets import preset
-from longskip.models.specs import ParamSpec, UViTSpec
+from longskip.models.specs import ParamSpec, TextEncoderSpec, UViTSpec
+from longskip.models.text import WordEncoder
 from longskip.models.uvit import UViT
 
 SPEC = UViTSpec(
@@ -186,6 +187,21 @@ def test_saved_tensors_keep_no_gathered_storage_alive(spec: UViTSpec) -> None:
     loss.backward()
     for (name, one), other in zip(expected.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(grad_of(one), grad_of(other)), name
+
+
+def test_the_word_encoders_layers_keep_none_either() -> None:
+    text, tokens = TextEncoderSpec(20, 12, 9, depth=2), torch.arange(9)[None]
+    expected, model = WordEncoder(text, "flat"), WordEncoder(text, "flat")
+    expected(tokens).square().sum().backward()
+    loss = model(tokens).square().sum()
+    flats = list(model.parameters())
+    kept = [swap(flat) for flat in flats]
+    assert len(flats) == 2 and all(reference.expired() for _, reference in kept)
+    for flat, (aside, _) in zip(flats, kept, strict=True):
+        gather(flat, aside)
+    loss.backward()
+    for one, other in zip(expected.parameters(), flats, strict=True):
+        assert torch.equal(grad_of(one), grad_of(other))
 
 
 def test_a_compiled_block_keeps_no_storage_either() -> None:

@@ -222,6 +222,19 @@ def test_decay_is_for_weights_of_two_and_more_axes() -> None:
 def test_text_encoder_counts() -> None:
     spec = TextEncoderSpec(vocab_size=11, width=6, n_tokens=4)
     assert spec.param_counts().total == 66 == canonical_numel(WordEncoder(spec, device="meta"))
+    assert spec.flops().macs == 0
+    deep = replace(spec, depth=3)
+    assert deep.param_counts().total == sum(entry.numel for entry in deep.parameters()["embedding"])
+    assert deep.param_counts().total == canonical_numel(WordEncoder(deep, device="meta"))
+    encoder = WordEncoder(deep)
+    with FlopCounterMode(display=False) as counter:
+        encoder(torch.ones(5, 4, dtype=torch.int64))
+    assert deep.flops(5).flops == counter.get_total_flops() and deep.flops(5).tokens == 20
+    assert {entry.name for entry in deep.parameters()["embedding"] if entry.decay} == {
+        f"layers.{index}.linear.weight" for index in range(3)
+    }
+    with pytest.raises(SpecError, match="depth = -1"):
+        replace(spec, depth=-1)
 
 
 @pytest.mark.parametrize(

@@ -107,3 +107,57 @@ def test_a_backbone_without_encoder() -> None:
     with_text = system().materialize(3).state_dict()
     assert all(torch.equal(with_text[name], value) for name, value in alone.state_dict().items())
     assert all(isinstance(unit, Packed) for unit in alone.units())
+
+
+def by_words(weights: dict[str, torch.Tensor], ids: list[int], depth: int) -> torch.Tensor:
+    """(n, width) float64: the word encoder word by word, in loops."""
+    p = {name: value.double() for name, value in weights.items()}
+    x = [p["embedding.weight"][i] for i in ids]
+    for index in range(depth):
+        normed = []
+        for word in x:
+            scaled = (word - word.mean()) / (word.var(unbiased=False) + 1e-5).sqrt()
+            normed.append(scaled * p[f"layers.{index}.norm.weight"] + p[f"layers.{index}.norm.bias"])
+        linear, bias = p[f"layers.{index}.linear.weight"], p[f"layers.{index}.linear.bias"]
+        width = len(bias)
+        for place in range(len(ids)):
+            total = bias
+            for step in range(7):
+                if 0 <= place + step - 3 < len(ids):
+                    total = total + linear[:, step * width : (step + 1) * width] @ normed[place + step - 3]
+            x[place] = x[place] + total * 0.5 * (1 + torch.erf(total / 2**0.5))
+    return torch.stack(x)
+
+
+@pytest.mark.parametrize("layout", ["flat", "named"])
+@pytest.mark.parametrize("n_tokens", [2, 9])
+def test_layers_of_the_word_encoder(layout: Any, n_tokens: int) -> None:
+    """Against loops over words in float64, at every parameter other than its initial value; texts shorter than a window
+    as well, and gradients of all parameters against the loops' own."""
+    encoder = WordEncoder(TextEncoderSpec(20, 12, 9, depth=2), layout)
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.4, generator=torch.Generator().manual_seed(7))
+    tokens = torch.randint(0, 20, (3, n_tokens), generator=torch.Generator().manual_seed(1))
+    weights = {name: value.clone().requires_grad_() for name, value in encoder.state_dict().items()}
+    wanted = torch.stack([by_words(weights, row.tolist(), 2) for row in tokens])
+    got = encoder(tokens)
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+    probe = torch.randn(got.shape, generator=torch.Generator().manual_seed(2))
+    wanted.backward(probe.double())
+    got.backward(probe)
+    for name, parameter, offset, shape in encoder.canonical():
+        assert parameter.grad is not None
+        gradient = parameter.grad.view(-1)[offset : offset + torch.Size(shape).numel()].view(shape)
+        theirs = weights[name].grad
+        assert theirs is not None
+        assert (gradient - theirs).norm() <= 1e-5 * theirs.norm(), name
+
+
+def test_a_word_sees_three_words_to_each_side_and_layer() -> None:
+    for depth in (1, 2):
+        encoder = WordEncoder(TextEncoderSpec(20, 12, 16, depth=depth))
+        tokens = torch.arange(1, 17)[None]
+        changed = tokens.clone()
+        changed[0, 8] = 19
+        moved = (encoder(tokens) != encoder(changed)).any(-1)[0].nonzero().flatten().tolist()
+        assert moved == list(range(max(0, 8 - 3 * depth), min(16, 9 + 3 * depth)))

@@ -19,7 +19,7 @@ from longskip.engine.config import Config
 from longskip.engine.configio import validate
 from longskip.engine.data.sources import open_source
 from longskip.engine.diffusion import objective_of
-from longskip.engine.distributed import World, join
+from longskip.engine.distributed import World, barrier, join
 from longskip.engine.fitting import reduce_bucket
 from longskip.engine.inputs import Inputs
 from longskip.engine.prepare import prepare
@@ -200,6 +200,7 @@ def _save_with_little_room(config: Config, run: Path) -> int:
     with pytest.raises(DiskFullError, match=f"needs {whole:,} bytes for 2 rank.s., {room.free:,} are free") as refused:
         checkpoint.save(run / "checkpoints", 1, job.shards, job.state.to_json(), keep_last=1)
     assert refused.value.alike and not list((run / "checkpoints").iterdir())
+    barrier()  # the next save makes its folder
     room.free = int(1.05 * whole) + (1 << 20)
     checkpoint.save(run / "checkpoints", 1, job.shards, job.state.to_json(), keep_last=1)
     return 0

@@ -59,7 +59,9 @@ def test_every_kernel_is_the_one_of_the_report() -> None:
         here = {static.source_hash(getattr(m, kernel)) for m in modules if hasattr(getattr(m, kernel, None), "fn")}
         assert here == {source}, f"{kernel} differs from docs/results/kernels-static.json: run `make proofs`"
     targets = {(row["kernel"], row["target"]) for row in report["kernels"]}
-    assert targets == {(kernel, target) for kernel in report["sources"] for target in jit.TARGETS}
+    everywhere = {(kernel, target) for kernel in report["sources"] for target in jit.TARGETS}
+    # K and V of a head stay in shared memory on Hopper only; elsewhere that kernel would spill, and is never taken.
+    assert targets == everywhere - {("_attention_forward_resident", target) for target in (80, 100)}
     assert report["faults"] == []
 
 

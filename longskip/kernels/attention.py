@@ -8,6 +8,7 @@ gradients are 0. Softmax is computed in float32 (float64 for float64 inputs) wha
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 from collections.abc import Callable
@@ -315,3 +316,4 @@ def _varlen_shapes(
 register_formula("attention_varlen", _varlen_shapes)
 register_formula("attention", _shapes)
 register_triton("attention")
+importlib.import_module("longskip.kernels.attention_adapters")  # registers flash_attn and xformers

@@ -188,9 +188,7 @@ def configure(settings: Mapping[str, str]) -> None:
     """
     chosen = dict.fromkeys(_FAMILY_OF, "auto")
     for key in sorted(settings, key=_breadth):
-        chosen.update(dict.fromkeys(_covered(key), _known_setting(settings[key])))
-    for op, setting in chosen.items():
-        _check_required(op, setting)
+        chosen.update(_asked(key, settings[key]))
     _SETTINGS.update(chosen)
     for record in (_RESOLVED, _SERVED, _CHOSEN):
         record.clear()
@@ -200,13 +198,9 @@ def configure(settings: Mapping[str, str]) -> None:
 def use(backend: str, ops: str | Iterable[str] | None = None) -> Iterator[None]:
     """Context manager (and decorator): inside, ``ops`` (None: all) are served by ``backend``, a setting as above."""
     keys = ("all",) if ops is None else (ops,) if isinstance(ops, str) else tuple(ops)
-    setting = _known_setting(backend)
     before = dict(_SETTINGS)
-    chosen = {**before, **{op: setting for key in keys for op in _covered(key)}}
-    for op in chosen:
-        if chosen[op] != before[op]:
-            _check_required(op, chosen[op])
-    _SETTINGS.update(chosen)
+    for chosen in [_asked(key, backend) for key in keys]:
+        _SETTINGS.update(chosen)
     try:
         yield
     finally:
@@ -305,15 +299,28 @@ def _known_setting(setting: str) -> str:
     )
 
 
-def _check_required(op: str, setting: str) -> None:
-    if setting.startswith("require:"):
-        _load(op)
-        name = setting.removeprefix("require:")
-        if name not in _REGISTRY[op]:
+def _asked(key: str, setting: str) -> dict[str, str]:
+    """The settings that ``key: setting`` makes, by op.
+
+    ``require:NAME`` for several ops speaks, in each family, of the functions that have a backend of that name; a family
+    in which none has it is an error.
+    """
+    setting, ops = _known_setting(setting), _covered(key)
+    if not setting.startswith("require:"):
+        return dict.fromkeys(ops, setting)
+    name, asked = setting.removeprefix("require:"), {}
+    for family in dict.fromkeys(_FAMILY_OF[op] for op in ops):
+        here = [op for op in ops if _FAMILY_OF[op] == family]
+        for op in here:
+            _load(op)
+        having = [op for op in here if name in _REGISTRY[op]]
+        if not having:
             raise BackendError(
-                f"op {op!r} has no backend {name!r}; registered: {', '.join(_REGISTRY[op])}",
-                cure=_nearest(name, _REGISTRY[op]) or "name a registered backend, or auto",
+                f"op {here[0]!r} has no backend {name!r}; registered: {', '.join(_REGISTRY[here[0]])}",
+                cure=_nearest(name, _REGISTRY[here[0]]) or "name a registered backend, or auto",
             )
+        asked.update(dict.fromkeys(having, setting))
+    return asked
 
 
 def _nearest(name: str, known: Iterable[str]) -> str | None:

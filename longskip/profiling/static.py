@@ -25,7 +25,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -386,15 +386,58 @@ def table(compiled: Sequence[Compiled]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def page(compiled: Sequence[Compiled]) -> str:
+    """The report to read: what is taken by default, and what the other choices come to."""
+    by_table = [c for c in compiled if not c.default and c.aligned]
+    spilling = [c for c in by_table if c.spill_bytes]
+    loose = [c for c in compiled if not c.aligned]
+    found = faults(compiled)
+    targets = ", ".join(f"sm_{target}" for target in sorted({c.target for c in compiled}))
+    return (
+        "# Kernels as the compiler makes them\n\n"
+        f"`make proofs`: {len(compiled):,} compilations for {targets}, "
+        "no GPU needed; specialised as the just-in-time compiler would. All of them, with the mix of instructions and a hash "
+        f"of every kernel's source, in kernels-static.json. Limits broken by what is taken by default: {len(found)}.\n\n"
+        f"Choices that only a table of measurements may name: {len(by_table):,}, of which {len(spilling)} spill, at most "
+        f"{max((c.spill_bytes for c in spilling), default=0)} bytes, and {sum(c.error is not None for c in by_table)} do not "
+        f"compile. Every kernel once as if no pointer were aligned: {len(loose)}, of which "
+        f"{sum(c.spill_bytes > 0 for c in loose)} spill, at most {max((c.spill_bytes for c in loose), default=0)} bytes.\n\n"
+        "By default (registers and spilled bytes per thread, shared bytes per block, matrix instructions in PTX, "
+        "instructions in SASS):\n\n" + table([c for c in compiled if c.default and c.aligned])
+    )
+
+
+_COLUMNS = (
+    "kernel", "target", "case", "constants", "signature", "aligned", "default", "registers", "spill_bytes", "shared_bytes",
+    "tensor_cores", "instructions", "error",
+)  # fmt: skip
+
+
 def report(compiled: Sequence[Compiled]) -> dict[str, Any]:
+    """All as JSON values: ``rows`` hold ``columns``, their instructions the counts of ``instruction_kinds``."""
     import triton
 
+    kinds = (*_KINDS, "other")
+    rows = []
+    for c in compiled:
+        values = vars(c) | {
+            "constants": " ".join(f"{name}={value}" for name, value in c.constants.items()),
+            "instructions": [c.instructions.get(kind, 0) for kind in kinds],
+        }
+        rows.append([values[column] for column in _COLUMNS])
     return {
         "triton": triton.__version__,
         "sources": {c.kernel: c.source for c in compiled},
         "faults": faults(compiled),
-        "kernels": [asdict(c) for c in compiled],
+        "instruction_kinds": kinds,
+        "columns": _COLUMNS,
+        "rows": rows,
     }
+
+
+def rows_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A report's rows as dictionaries by column."""
+    return [dict(zip(result["columns"], row, strict=True)) for row in result["rows"]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -421,8 +464,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     result = report(compiled)
     if options.out is not None:
-        options.out.with_suffix(".json").write_text(json.dumps(result, indent=None) + "\n")
-        options.out.with_suffix(".md").write_text(table(compiled))
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join(json.dumps(row) for row in result["rows"])
+        head = json.dumps({**result, "rows": []})[:-3]
+        options.out.with_suffix(".json").write_text(f"{head}[\n{lines}\n]}}\n")
+        options.out.with_suffix(".md").write_text(page(compiled))
     print(json.dumps(result) if options.json else table(compiled))
     for fault in result["faults"]:
         print(fault, file=sys.stderr)

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from longskip import kernels
 from longskip.kernels import backends
 from longskip.models.conditioning import Conditioning
 from longskip.models.presets import preset
 from longskip.models.uvit import UViT
+from tests.models.test_packed import randomised
 
 SHAPES: dict[str, dict[str, Any]] = {
     "in-context time": {},
@@ -59,3 +61,23 @@ def test_the_same_loss_and_gradients(name: str) -> None:
     for key, grad in wanted.items():
         error = (found[key] - grad).norm() / grad.norm().clamp_min(1e-12)
         assert error <= 2e-5, f"{key}: {error:.2e}"
+
+
+@pytest.mark.parametrize("checkpointing", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_compiled_blocks_hold_the_kernels_without_a_graph_break(checkpointing: int) -> None:
+    """``compile_blocks`` asks for full graphs: a break would raise. Twice checkpointed: the forward ops run again."""
+    spec = preset("uvit-tiny", **SHAPES["adaLN time, qk-norm"])
+    torch._dynamo.reset()
+    plain, compiled = randomised(spec, "named"), randomised(spec, "named")
+    compiled.checkpointing = checkpointing
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled.compile_blocks(counter)
+    ours, found, _ = loss_and_gradients(compiled, "triton")
+    theirs, wanted, _ = loss_and_gradients(plain, "triton")
+    ops = {str(node.target) for graph in counter.graphs for node in graph.graph.nodes if node.op == "call_function"}
+    for op in ("attention", "adaln", "mlp", "skip_linear", "qk_norm_rotary"):
+        assert any(f"longskip.{op}" in name for name in ops), f"{op} is not in the graphs"
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    for key, grad in wanted.items():
+        torch.testing.assert_close(found[key], grad, rtol=1e-5, atol=1e-6, msg=key)
+    torch._dynamo.reset()

@@ -34,7 +34,7 @@ bench() {  # name, seconds, options…
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm --format=csv,noheader | tee "$out/device.txt"
 case $what in
   kernels)
-    step tests 200 "$python" -m pytest -q -m gpu tests/gpu -x -k "not sanitizer"
+    step tests 200 "$python" -m pytest -q -m gpu tests/gpu -k "not sanitizer"
     bench rows 130 --tune --save --op adaln --op gated_adaln --op gated_residual --op layer_norm --op rms_norm --op diffusion_loss
     bench attention 130 --tune --save --op attention --op qk_norm_rotary
     bench products 130 --tune --save --op skip_linear --op mlp --op swiglu --op adamw

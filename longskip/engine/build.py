@@ -20,6 +20,7 @@ from longskip.engine.optim import AdamW, parameter_groups
 from longskip.engine.runs import write_atomic
 from longskip.engine.shards import Kind, Shards
 from longskip.errors import BadSampleError, ConfigError
+from longskip.kernels import backends
 from longskip.models.init import initial_value
 from longskip.models.packed import Layout
 from longskip.models.system import TextToImage
@@ -180,6 +181,7 @@ def build_engine(
     if fused_step.wanted(world.device):
         fused_step.take_over(engine, optimizer, stage)
     if config.engine.compile:
+        backends.settle(world.device)
         model.backbone.compile_blocks()
     shards = Shards(engine, optimizer, stage)
     if dtype != torch.float32:

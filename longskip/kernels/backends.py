@@ -16,6 +16,7 @@ import contextlib
 import difflib
 import importlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -72,6 +73,7 @@ _SETTINGS: dict[str, str] = dict.fromkeys(_FAMILY_OF, "auto")
 _RESOLVED: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _SERVED: dict[str, dict[str, str]] = {}  # op -> {backend: reason}, of the calls since `configure`
 _CHOSEN: dict[str, dict[str, str]] = {}  # op -> {bucket: backend}, what `auto` took
+_FIXED: dict[tuple[str, str], str] = {}  # (op, device type) -> what `auto` takes in compiled code
 _KEPT: dict[str, dict[str, str]] = {}  # the same of an earlier attempt, which `auto` keeps to
 
 
@@ -170,6 +172,17 @@ def keep(choices: Mapping[str, Mapping[str, str]]) -> None:
     _RESOLVED.clear()
 
 
+def settle(device: torch.device) -> None:
+    """Before code is compiled for ``device``: per op, the backend that was measured fastest in most buckets there."""
+    measured = tables.of_device(tables.target_of(device).name).get("backends", {}) if device.type == "cuda" else {}
+    for op in _FAMILY_OF:
+        _load(op)
+        wins = Counter(found["backend"] for found in measured.get(op, {}).values())
+        _FIXED[op, device.type] = max(
+            wins, key=lambda name: wins[name], default=_AUTO_DEFAULTS.get((device.type, op), _AUTO_DEFAULT)
+        )
+
+
 def serve(op: str, like: Tensor, /, *args: Any, **kwargs: Any) -> Any:
     """Call the function that serves ``op`` for these arguments, on the device and in the dtype of ``like``."""
     return resolve(op, like.device, like.dtype, _SHAPES[op](*args, **kwargs))(*args, **kwargs)
@@ -233,6 +246,11 @@ def _choose(
     _load(op)
     setting = _SETTINGS[op]
     state = _state(op, device, dtype, sizes)
+    if setting == "auto" and torch.compiler.is_compiling():
+        # One choice per op: a graph is for many sizes, and reading tables is not for tracing.
+        for name in (_FIXED.get((op, device.type), _AUTO_DEFAULT), _AUTO_DEFAULT):
+            if state.get(name, "") is None:
+                return name, "auto: settled before compilation"
     if setting == "auto":
         kept = _KEPT.get(op, {}).get(tables.bucket(dtype, sizes), "") if _KEPT and dtype is not None else ""
         if kept and state.get(kept, "") is None:

@@ -106,7 +106,19 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **constants: Any) 
     if _captured is not None:
         _captured.append(Launch(kernel, grid, arguments, constants))
         return
-    kernel[grid](*arguments, **constants)
+    device = next((value.device for value in arguments if isinstance(value, Tensor)), None)
+    if device is not None and device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # Triton launches on the current device and its stream
+            kernel[grid](*arguments, **constants)
+    else:
+        kernel[grid](*arguments, **constants)
+
+
+def launch_errors() -> tuple[type[Exception], ...]:
+    """What a kernel that a device or its compiler refuses raises."""
+    from triton.errors import TritonError
+
+    return (RuntimeError, ValueError, TritonError)
 
 
 @contextlib.contextmanager

@@ -143,6 +143,8 @@ library.differentiable(forward_op, backward_op, _differentiate, _save)
 
 
 def _unfit(dtype: torch.dtype, sizes: Sizes) -> str | None:
+    if sizes["values"] > BLOCK * 65535:  # a grid's second axis
+        return f"it takes at most {BLOCK * 65535:,} values a sample, not {sizes['values']:,}"
     return jit.unfit_dtype(dtype)
 
 

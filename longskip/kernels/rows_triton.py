@@ -130,13 +130,6 @@ def _weight(pointer, MODULATE: tl.constexpr, START: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
-def _of_sample(pointer, sample, WIDTH: tl.constexpr):
-    if pointer is not None:
-        pointer += sample * WIDTH
-    return pointer
-
-
-@triton.jit
 def reciprocal_deviation(square, eps, WIDTH: tl.constexpr, EXACT: tl.constexpr):
     """1 / sqrt(square / WIDTH + eps); ``EXACT``: rounded once, by a Newton step in float64 (0 and infinity stay)."""
     scale = tl.rsqrt(square / WIDTH + eps)
@@ -160,9 +153,13 @@ def _rows_forward(
     first = sample * tokens + token
     row = tl.arange(0, ROWS)
     inside = token + row < tokens
-    gate = _of_sample(gate, sample, WIDTH)
-    weight = _of_sample(weight, sample, WIDTH)
-    bias = _of_sample(bias, sample, WIDTH)
+    # Not a function of the pointer: Triton 3.6 cannot hand back None.
+    if gate is not None:
+        gate += sample * WIDTH
+    if weight is not None:
+        weight += sample * WIDTH
+    if bias is not None:
+        bias += sample * WIDTH
 
     s = _sum_of(x, y, gate, total, first, inside, 0, FIRST, WIDTH)
     if SECOND:
@@ -241,12 +238,12 @@ def _rows_backward(
         w2 = tl.full((1, SECOND), 1.0, tl.float32)
         gates2 = w2
     if weight is not None:
-        weight = _of_sample(weight, sample, WIDTH)
+        weight += sample * WIDTH
         w = _weight(weight, MODULATE, 0, FIRST, WIDTH)
         if SECOND:
             w2 = _weight(weight, MODULATE, FIRST, SECOND, WIDTH)
     if gate is not None:
-        gate = _of_sample(gate, sample, WIDTH)
+        gate += sample * WIDTH
         gates = _vector(gate, 0, FIRST, WIDTH)
         if SECOND:
             gates2 = _vector(gate, FIRST, SECOND, WIDTH)

@@ -93,6 +93,7 @@ def kernels(
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16 on a GPU, fp32 on a CPU")] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="of every measurement: 50 on a GPU, 3 on a CPU")] = None,
     tune: Annotated[bool, typer.Option("--tune", help="try every configuration first and take the fastest")] = False,
+    inductor: Annotated[str, typer.Option(help="torch.compile's modes, by commas: default, max, none")] = "default",
     save: Annotated[
         bool, typer.Option("--save", help="keep what was fastest for `auto`, in your cache folder")
     ] = False,
@@ -123,6 +124,7 @@ def kernels(
     given += [part for name in shapes or () for part in ("--shapes", name)]
     given += ["--dtype", dtype] if dtype else []
     given += ["--repeats", str(repeats)] if repeats else []
+    given += ["--inductor", inductor]
     given += ["--tune"] * tune + ["--save"] * save + ["--into-package"] * into_package
     raise typer.Exit(bench.main(given))
 

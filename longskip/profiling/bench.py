@@ -27,7 +27,7 @@ from torch import Tensor
 import longskip
 from longskip import kernels
 from longskip.errors import BackendError, LongskipError
-from longskip.kernels import tables
+from longskip.kernels import jit, tables
 from longskip.profiling import bench_optimizer, bench_timing, bench_tuning
 from longskip.profiling.bench_providers import Call, Provider, providers
 from longskip.profiling.bench_timing import Work
@@ -114,10 +114,12 @@ def bench_case(
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Rows of one case: one per provider and mode."""
+    torch._dynamo.reset()
     leaves, extra = case.tensors(device, dtype)
     works: dict[str, dict[str, Work]] = {}
     rows: list[dict[str, Any]] = []
     errors: dict[str, float] = {}
+    refusals: tuple[type[Exception], ...] = (LongskipError, ImportError, *jit.launch_errors())
     for provider in found:
         try:
             call = provider.make(case)
@@ -126,7 +128,7 @@ def bench_case(
             errors[provider.name], failed = check(case, call, device, dtype)
             if failed is None:
                 works[provider.name] = works_of(case, call, leaves, extra)
-        except (LongskipError, RuntimeError, ImportError, NotImplementedError) as error:
+        except refusals as error:
             failed = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         if failed is not None:
             say(f"{case.id} {provider.name}: left out, {failed}")
@@ -140,7 +142,7 @@ def bench_case(
             took = times[provider.name]
             row = {**_head(case, dtype, provider), "mode": mode, "ms": took, "error_share": errors[provider.name]}
             row |= _rates(*costs[mode], took["median"], limits)
-            if device.type == "cuda" and took["median"] < bench_timing.SHORT_MS:
+            if device.type == "cuda" and mode == "forward" and took["median"] < bench_timing.SHORT_MS:
                 row["graph_ms"] = bench_timing.replayed(works[provider.name][mode], device, repeats)
             if mode == "both":
                 row["peak_bytes"] = bench_timing.peak_bytes(works[provider.name][mode], device)
@@ -203,10 +205,12 @@ def bench(
     optimizer: bool = True,
     command: str = "",
     commit: str | None = None,
+    inductor: Sequence[str] = ("default",),
     say: Callable[[str], None] = lambda line: None,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Everything as one JSON object."""
-    found, missing = providers(device)
+    """Everything as one JSON object; ``keep`` is handed what there is after the tuning and after every case."""
+    found, missing = providers(device, inductor)
     claim = device.type == "cuda"
     if not claim:
         cases = [smaller(case, 1) for case in cases if case.x < 4000]
@@ -220,13 +224,8 @@ def bench(
             return works_of(case, case.call, *case.tensors(device, dtype))["both"]
 
         tuned = bench_tuning.tune(cases, both, device, max(10, repeats // 4), say)
-    rows = []
-    with tables.chosen(tuned):
-        for case in cases:
-            rows += bench_case(case, found, device, dtype, limits, repeats, say)
-        if optimizer:
-            rows += bench_optimizer.rows(device, limits, repeats, say)
-    return {
+    rows: list[dict[str, Any]] = []
+    result = {
         "command": command,
         "commit": commit or _commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%MZ"),
@@ -239,9 +238,19 @@ def bench(
         "repeats": repeats,
         "ceilings": limits,
         "configurations": tuned,
-        "backends": bench_tuning.fastest(rows, cases, dtype) if claim else {},
+        "backends": {},
         "rows": rows,
     }
+    keep(result)
+    with tables.chosen(tuned):
+        for case in cases:
+            rows += bench_case(case, found, device, dtype, limits, repeats, say)
+            result["backends"] = bench_tuning.fastest(rows, cases, dtype) if claim else {}
+            keep(result)
+        if optimizer:
+            rows += bench_optimizer.rows(device, limits, repeats, say)
+            keep(result)
+    return result
 
 
 def _commit() -> str:
@@ -313,6 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--repeats", type=int, help="of every measurement: 50 on a GPU, 3 on a CPU")
     parser.add_argument("--tune", action="store_true", help="try every configuration first and take the fastest")
+    parser.add_argument("--inductor", default="default", help="torch.compile's modes, by commas: default, max, none")
     parser.add_argument("--save", action="store_true", help="keep what was found fastest in the user's cache folder")
     parser.add_argument("--into-package", action="store_true", help="for developers: keep it in the package")
     parser.add_argument("--out", type=Path, help="write FILE.json and FILE.csv")
@@ -322,6 +332,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[options.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     cases = chosen_cases(options.op, options.shapes)
+    folders = [
+        folder
+        for wanted, folder in ((options.save, tables.user_folder()), (options.into_package, tables.PACKAGE_FOLDER))
+        if wanted
+    ]
+    if folders and device.type != "cuda":
+        raise BackendError("nothing to keep: no GPU here", cure="run it on the GPU that the table is for")
+
+    def keep(result: dict[str, Any]) -> None:
+        if options.out is not None:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+            write_csv(result, options.out.with_suffix(".csv"))
+        table = {name: result[name] for name in ("device", "versions", "backends", "configurations")}
+        for folder in folders:
+            tables.save({**table, "measured": result["date"]}, folder)
+
     result = bench(
         cases,
         device=device,
@@ -331,20 +358,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         optimizer=not options.op or "adamw" in options.op,
         command="python -m longskip.profiling.bench " + " ".join(arguments if arguments is not None else sys.argv[1:]),
         commit=options.commit,
+        inductor=options.inductor.split(","),
+        keep=keep,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        write_csv(result, options.out.with_suffix(".csv"))
-    if result["claim"]:
-        table = {name: result[name] for name in ("device", "versions", "backends", "configurations")}
-        table["measured"] = result["date"]
-        for wanted, folder in ((options.save, tables.user_folder()), (options.into_package, tables.PACKAGE_FOLDER)):
-            if wanted:
-                print(f"kept in {tables.save(table, folder)}", file=sys.stderr)
-    elif options.save or options.into_package:
-        raise BackendError("nothing to keep: no GPU was measured", cure="run it on the GPU that the table is for")
     if options.json:
         print(json.dumps(result))
     return 0

@@ -24,7 +24,8 @@ def rows(
     """Rows of the optimizer; on a CPU only the smallest size, by torch."""
     found = []
     for values in SIZES if device.type == "cuda" else (1 << 20,):
-        p, g, m, v, ema = (torch.randn(values, device=device) for _ in range(5))
+        generator = torch.Generator(device).manual_seed(0)
+        p, g, m, v, ema = (torch.randn(values, device=device, generator=generator) for _ in range(5))
         v.square_()
         low = torch.empty(values, device=device, dtype=torch.bfloat16)
         clip = torch.tensor(0.7, device=device)

@@ -6,10 +6,9 @@ that is not installed, or does not serve a case, says why.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +53,6 @@ def compiled(mode: str) -> Callable[[KernelCase], Call | str]:
     """torch.compile of the plain torch form, with static shapes."""
 
     def make(case: KernelCase) -> Call:
-        torch._dynamo.reset()
         graph = torch.compile(case.call, mode=mode, dynamic=False, fullgraph=True)
 
         def call(leaves: Mapping[str, Any], extra: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -134,8 +132,8 @@ def liger(case: KernelCase) -> Call | str:
     return "it has no such op"
 
 
-def providers(device: torch.device) -> tuple[list[Provider], dict[str, str]]:
-    """(those that can be asked on the device, {name: why not} of the others)."""
+def providers(device: torch.device, inductor: Sequence[str] = ("default",)) -> tuple[list[Provider], dict[str, str]]:
+    """(those that can be asked on the device, {name: why not} of the others); ``inductor``: torch.compile's modes."""
     found = [Provider("torch", torch.__version__, by_backend("torch"))]
     missing: dict[str, str] = {}
     if device.type != "cuda":
@@ -145,8 +143,11 @@ def providers(device: torch.device) -> tuple[list[Provider], dict[str, str]]:
         return found, missing
     found.insert(0, Provider("triton", str(_version("triton")), by_backend("require:triton"), ours=True))
     found.append(Provider("auto", str(_version("triton")), by_backend("auto"), ours=True))
-    found.append(Provider("compile", torch.__version__, compiled("default")))
-    found.append(Provider("compile-max", torch.__version__, compiled("max-autotune-no-cudagraphs")))
+    for name, mode in (("compile", "default"), ("compile-max", "max-autotune-no-cudagraphs")):
+        if ("max" if name == "compile-max" else "default") in inductor:
+            found.append(Provider(name, torch.__version__, compiled(mode)))
+        else:
+            missing[name] = "not asked for"
     for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
         found.append(Provider(f"sdpa-{name.split('_')[0].lower()}", torch.__version__, sdpa(name)))
     rivals: dict[str, tuple[str, Callable[[KernelCase], Call | str]]] = {
@@ -161,16 +162,3 @@ def providers(device: torch.device) -> tuple[list[Provider], dict[str, str]]:
         else:
             found.append(Provider(name, importlib.metadata.version(package), make))
     return found, missing
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Dynamo's and inductor's remarks go to their logs only."""
-    import logging
-
-    level = logging.getLogger("torch._inductor").level
-    logging.getLogger("torch._inductor").setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.getLogger("torch._inductor").setLevel(level)

@@ -12,6 +12,7 @@ import torch
 Work = Callable[[], Any]
 SHORT_MS = 0.05  # below it a launch's own time counts, so a graph's replay is timed as well
 _FLUSH_BYTES = 256 << 20  # more than any second-level cache
+_LEAD_CYCLES = 1_000_000  # about half a millisecond in which the host gets ahead of the device
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -41,6 +42,7 @@ def interleaved(works: Mapping[str, Work], device: torch.device, repeats: int) -
         for name, work in works.items():
             pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             flush.zero_()
+            torch.cuda._sleep(_LEAD_CYCLES)  # else the host's own time counts where the work is short
             pair[0].record()
             work()
             pair[1].record()
@@ -50,7 +52,11 @@ def interleaved(works: Mapping[str, Work], device: torch.device, repeats: int) -
 
 
 def replayed(work: Work, device: torch.device, repeats: int) -> dict[str, float] | None:
-    """Milliseconds of a CUDA graph's replay of the work; None where it cannot be captured."""
+    """Milliseconds of a CUDA graph's replay of forward work; None where it cannot be captured.
+
+    A backward runs on the stream of its forward, outside the capture, and is not asked for.
+    """
+    before = torch.cuda.current_stream(device)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     graph = torch.cuda.CUDAGraph()
@@ -62,6 +68,7 @@ def replayed(work: Work, device: torch.device, repeats: int) -> dict[str, float]
         with torch.cuda.graph(graph):
             work()
     except RuntimeError:  # what torch raises for work that asks the host in between
+        torch.cuda.set_stream(before)  # a capture that fails does not put it back
         torch.cuda.synchronize(device)
         return None
     return interleaved({"graph": graph.replay}, device, repeats)["graph"]

@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from triton.runtime.errors import OutOfResources
 
 from longskip import kernels
-from longskip.kernels import backends, tables
+from longskip.kernels import backends, jit, tables
 from longskip.profiling import bench_timing
 from longskip.profiling.bench_timing import Work
 from longskip.profiling.kernel_cases import KernelCase
@@ -39,7 +38,7 @@ def tune(
                     with tables.forced({kernel: chosen}):
                         try:
                             work()
-                        except (RuntimeError, ValueError, OutOfResources) as error:  # the device refuses it
+                        except jit.launch_errors() as error:  # the device or its compiler refuses it
                             say(f"{kernel} {chosen}: {type(error).__name__}")
                             continue
                     choices[str(at)] = _forced_work(work, kernel, chosen)

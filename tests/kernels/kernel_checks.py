@@ -226,7 +226,7 @@ def run(
         if cotangents is None:
             generator = torch.Generator().manual_seed(11)
             cotangents = [torch.randn(o.shape, generator=generator, dtype=FLOAT64) for o in outputs]
-        total = [cotangent.to(o.dtype) for cotangent, o in zip(cotangents, outputs, strict=True)]
+        total = [cotangent.to(o.device, o.dtype) for cotangent, o in zip(cotangents, outputs, strict=True)]
         grads = torch.autograd.grad(outputs, list(leaves.values()), total, allow_unused=True)
     named = {f"out{at}": o.detach() for at, o in enumerate(outputs)}
     for (name, leaf), grad in zip(leaves.items(), grads, strict=True):

@@ -211,6 +211,32 @@ def test_auto_takes_what_was_measured_fastest_in_the_bucket(
         backends._REGISTRY.update(registry)
 
 
+def test_compiled_code_takes_what_was_settled_and_reads_no_table(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes are symbols there: a table that is looked up by size would make a graph per size."""
+    package, _ = folders
+    entries = {f"bfloat16 batch={n} tokens=512 width=1024": {"backend": "triton"} for n in (1, 2, 4)}
+    entries["bfloat16 batch=8 tokens=512 width=1024"] = {"backend": "torch"}
+    tables.save({"device": "NVIDIA H200", "backends": {"adaln": entries}}, package)
+    monkeypatch.setattr(tables, "target_of", lambda device: backends.jit.TARGETS[90])
+    monkeypatch.setattr(backends.jit, "unusable", lambda device: None)
+    monkeypatch.setattr(backends, "_FIXED", {})
+    kernels.choices("cpu")  # every op's file is loaded
+    registry = {op: dict(found) for op, found in backends._REGISTRY.items()}
+    gpu = torch.device("cuda", 0)
+    try:
+        backends.register("adaln", "triton")(lambda *a, **k: None)
+        backends.settle(gpu)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        monkeypatch.setattr(tables, "best_backend", lambda *a: pytest.fail("a table was read"))
+        monkeypatch.setattr(tables, "bucket", lambda *a: pytest.fail("sizes were looked at"))
+        assert backends._choose("adaln", gpu, torch.bfloat16, {})[0] == "triton"
+        assert backends._choose("layer_norm", gpu, torch.bfloat16, {})[0] == "torch"
+    finally:
+        backends._REGISTRY.update(registry)
+
+
 def test_tuning_keeps_the_fastest_configuration_of_each_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_tuning, "_choices", lambda op, kernel: ({"MS": 3}, {"MS": 1}, {"MS": 2}))
 

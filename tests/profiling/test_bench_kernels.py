@@ -151,6 +151,7 @@ def test_bad_options_are_named() -> None:
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    kernels.choices("cpu")  # every op's file is loaded
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(tables, "PACKAGE_FOLDER", tmp_path / "package")
     tables.of_device.cache_clear()
@@ -222,7 +223,6 @@ def test_compiled_code_takes_what_was_settled_and_reads_no_table(
     monkeypatch.setattr(tables, "target_of", lambda device: backends.jit.TARGETS[90])
     monkeypatch.setattr(backends.jit, "unusable", lambda device: None)
     monkeypatch.setattr(backends, "_FIXED", {})
-    kernels.choices("cpu")  # every op's file is loaded
     registry = {op: dict(found) for op, found in backends._REGISTRY.items()}
     gpu = torch.device("cuda", 0)
     try:

@@ -11,18 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from longskip.engine.runs import environment
+from longskip.profiling.bench_timing import spread
+
+__all__ = ["VERDICTS", "about", "commit", "cores", "machine", "page", "save", "shown", "spread", "table"]
 
 VERDICTS = {True: "met", False: "missed", None: ""}
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and the 20th and 80th percentiles."""
-    low, middle, high = np.percentile(values, (20, 50, 80)).tolist()
-    return {"median": middle, "p20": low, "p80": high}
 
 
 def shown(values: Mapping[str, float], form: str) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import re
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longskip.engine import faults
+from longskip.engine.data.hashes import stream_sha256
 from longskip.engine.distributed import barrier, broadcast_object, gather_objects
 from longskip.errors import CheckpointError, DiskFullError
 
@@ -180,16 +180,9 @@ def sweep(checkpoints: Path, patterns: tuple[str, ...] = ("step-*.old", "step-*.
 def _seal(path: Path) -> dict[str, Any]:
     """fsync ``path`` and return its size and SHA-256."""
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _sha256(file)
+        digest = stream_sha256(file)
         os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _sha256(file: Any) -> Any:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest
+    return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def _write_json(path: Path, value: Any) -> None:

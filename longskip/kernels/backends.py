@@ -172,6 +172,18 @@ def keep(choices: Mapping[str, Mapping[str, str]]) -> None:
     _RESOLVED.clear()
 
 
+def family_of(op: str) -> str:
+    """The family (the file of this room) that holds an op."""
+    _known_op(op)
+    return _FAMILY_OF[op]
+
+
+def sizes_of(op: str, *args: Any, **kwargs: Any) -> dict[str, int]:
+    """The integers of a call, as the op's formula names them, from the public function's (possibly meta) arguments."""
+    _load(op)
+    return _SHAPES[op](*args, **kwargs)
+
+
 def settle(device: torch.device) -> None:
     """Before code is compiled for ``device``: per op, the backend that was measured fastest in most buckets there."""
     measured = tables.of_device(tables.target_of(device).name).get("backends", {}) if device.type == "cuda" else {}

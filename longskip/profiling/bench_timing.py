@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ _FLUSH_BYTES = 256 << 20  # more than any second-level cache
 _LEAD_CYCLES = 1_000_000  # about half a millisecond in which the host gets ahead of the device
 
 
-def spread(values: list[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and the 20th and 80th percentiles."""
     if len(values) == 1:
         return dict.fromkeys(("median", "p20", "p80"), values[0])

@@ -12,7 +12,7 @@ from longskip.kernels import backends, jit, tables
 from longskip.profiling import bench_timing
 from longskip.profiling.bench_timing import Work
 from longskip.profiling.kernel_cases import KernelCase
-from longskip.profiling.static import modules_of
+from longskip.profiling.static import choices_of
 
 
 def tune(
@@ -32,8 +32,8 @@ def tune(
             work = works(case)
             work()
             for kernel, where in sorted(set(asked)):
-                choices: dict[str, Work] = {}
-                constants = _choices(case.op, kernel)
+                rivals: dict[str, Work] = {}
+                constants = choices_of(case).get(kernel, ())
                 for at, chosen in enumerate(constants):
                     with tables.forced({kernel: chosen}):
                         try:
@@ -41,9 +41,9 @@ def tune(
                         except jit.launch_errors() as error:  # the device or its compiler refuses it
                             say(f"{kernel} {chosen}: {type(error).__name__}")
                             continue
-                    choices[str(at)] = _forced_work(work, kernel, chosen)
-                if len(choices) > 1:
-                    times = bench_timing.interleaved(choices, device, repeats)
+                    rivals[str(at)] = _forced_work(work, kernel, chosen)
+                if len(rivals) > 1:
+                    times = bench_timing.interleaved(rivals, device, repeats)
                     first = min(times, key=lambda name: times[name]["median"])
                     took = times[first]["median"]
                     if took < best.setdefault(kernel, {}).get(where, (float("inf"), {}))[0]:
@@ -60,14 +60,6 @@ def _forced_work(work: Work, kernel: str, constants: Mapping[str, Any]) -> Work:
     return forced
 
 
-def _choices(op: str, kernel: str) -> Sequence[Mapping[str, Any]]:
-    for module in modules_of(backends._FAMILY_OF[op]):
-        found = getattr(module, "CONFIGURATIONS", {})
-        if kernel in found:
-            return found[kernel]  # type: ignore[no-any-return]
-    return ()
-
-
 def fastest(
     rows: Sequence[Mapping[str, Any]], cases: Sequence[KernelCase], dtype: torch.dtype
 ) -> dict[str, dict[str, Any]]:
@@ -82,7 +74,7 @@ def fastest(
         known = {name: times[name] for name in ("triton", "torch") if name in times}
         if len(known) > 1:
             leaves, extra = case.tensors(torch.device("meta"), dtype)
-            where = tables.bucket(dtype, backends._SHAPES[case.op](**leaves, **extra))
+            where = tables.bucket(dtype, backends.sizes_of(case.op, **leaves, **extra))
             best = min(known, key=lambda name: known[name])
             table.setdefault(case.op, {})[where] = {"backend": best, "milliseconds": known}
     return table

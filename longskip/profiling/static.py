@@ -148,16 +148,16 @@ def jobs(cases: Sequence[KernelCase | None], targets: Sequence[int], *, every_co
     return list(found.values())
 
 
-def _choices(case: KernelCase | None) -> dict[str, Sequence[Mapping[str, Any]]]:
+def choices_of(case: KernelCase | None) -> dict[str, Sequence[Mapping[str, Any]]]:
     """Configuration name -> choices, of the family of a case."""
-    family = backends._FAMILY_OF[case.op if case else "adamw"]
+    family = backends.family_of(case.op if case else "adamw")
     return {
         name: found for module in modules_of(family) for name, found in getattr(module, "CONFIGURATIONS", {}).items()
     }
 
 
 def _every(case: KernelCase | None) -> Iterator[Forced]:
-    for name, choices in _choices(case).items():
+    for name, choices in choices_of(case).items():
         for constants in choices:
             yield {name: constants}
 
@@ -166,7 +166,7 @@ def _own_products(case: KernelCase | None) -> Iterator[Forced]:
     """The first configuration of every product that is ours and not the library's."""
     first = {
         name: next((constants for constants in choices if constants.get("gemm") == "triton"), None)
-        for name, choices in _choices(case).items()
+        for name, choices in choices_of(case).items()
     }
     ours = {name: constants for name, constants in first.items() if constants is not None}
     if ours:

@@ -30,36 +30,8 @@ from tests.engine.remote_server import (
     SEED,
     WINDOW,
     Server,
-    forget_connections,
-    opening,
-    write_folder,
 )
 from tests.engine.stored_features import N_TOKENS, SIDES, WIDTH, write_features
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_connections_left():
-    yield
-    forget_connections()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("shuffled") / "shards")
-
-
-@pytest.fixture
-def server(folder, monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    served = Server(folder)
-    yield served
-    served.close()
-
-
-@pytest.fixture
-def opened(server, tmp_path):
-    with opening(server, tmp_path / "cache") as open_:
-        yield open_
 
 
 def tars(server: Server) -> list[str]:

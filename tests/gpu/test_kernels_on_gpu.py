@@ -60,7 +60,7 @@ def _choices() -> Iterator[Any]:
     for case in static.covering(SIZES):
         with tables.recorded() as asked:
             static.launches(case, 90)
-        choices = static._choices(case)
+        choices = static.choices_of(case)
         for kernel in dict.fromkeys(name for name, _ in asked):
             for at, constants in enumerate(choices[kernel]):
                 yield pytest.param(case, kernel, constants, id=f"{case.op}-{kernel}-{at}")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -74,19 +74,24 @@ def test_a_provider_that_fails_is_named_and_the_others_go_on() -> None:
     assert {row["provider"] for row in found[1:]} == {"torch"}
 
 
-def test_times_are_of_the_work_and_taken_in_turns() -> None:
-    order: list[str] = []
+def test_times_are_of_the_work_and_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that only the work moves forward."""
+    now, order = [0.0], []
+    monkeypatch.setattr(bench_timing.time, "perf_counter", lambda: now[0])
 
-    def work(name: str, seconds: float) -> Any:
+    def work(name: str, *milliseconds: float) -> Any:
+        lasts = itertools.chain((0.0, 0.0), milliseconds)  # twice to warm up
+
         def run() -> None:
             order.append(name)
-            time.sleep(seconds)
+            now[0] += next(lasts) / 1000
 
         return run
 
-    found = bench_timing.interleaved({"a": work("a", 0.004), "b": work("b", 0.001)}, CPU, 4)
-    assert order[4:] == ["a", "b"] * 4
-    assert found["a"]["median"] >= 4 and 1 <= found["b"]["median"] < found["a"]["median"]
+    found = bench_timing.interleaved({"a": work("a", 5, 1, 2, 3, 4), "b": work("b", 7, 7, 7, 7, 7)}, CPU, 5)
+    assert order[4:] == ["a", "b"] * 5
+    assert found["a"] == pytest.approx({"median": 3.0, "p20": 1.8, "p80": 4.2})
+    assert found["b"] == pytest.approx(dict.fromkeys(("median", "p20", "p80"), 7.0))
 
 
 def test_every_case_names_what_its_op_takes() -> None:
@@ -238,12 +243,14 @@ def test_compiled_code_takes_what_was_settled_and_reads_no_table(
 
 
 def test_tuning_keeps_the_fastest_configuration_of_each_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_tuning, "_choices", lambda op, kernel: ({"MS": 3}, {"MS": 1}, {"MS": 2}))
+    monkeypatch.setattr(bench_tuning, "choices_of", lambda case: {"_kernel": ({"MS": 3}, {"MS": 1}, {"MS": 2})})
+    now = [0.0]
+    monkeypatch.setattr(bench_timing.time, "perf_counter", lambda: now[0])
 
     def works(case: KernelCase) -> Any:
         def work() -> None:
             chosen = tables.best_configuration(CPU, "_kernel", f"width={case.x}") or {"MS": 2}
-            time.sleep(chosen["MS"] / 1000)
+            now[0] += chosen["MS"] / 1000
 
         return work
 

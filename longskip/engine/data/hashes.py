@@ -10,10 +10,11 @@ from typing import IO
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _pieces(stream)
+        return stream_sha256(stream)
 
 
-def _pieces(stream: IO[bytes]) -> str:  # python 3.10
+def stream_sha256(stream: IO[bytes]) -> str:
+    """SHA-256 of what is left of an open file, read in pieces of 1 MiB (``hashlib.file_digest`` begins with Python 3.11)."""
     digest = hashlib.sha256()
     while piece := stream.read(1 << 20):
         digest.update(piece)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from longskip.engine.config import BatchPlan, Config
+from longskip.profiling.flop_ledger import flop_ledger, rows_of
 
 COUNTERS = ("images", "image_tokens", "tokens", "model_flops", "hardware_flops", "six_nd")
 
@@ -41,24 +43,34 @@ class StepCost:
         return {counter: getattr(self, counter) for counter in COUNTERS}
 
 
-def step_cost(config: Config, batch: BatchPlan, n_parameters: int, bucket: tuple[int, int] | None = None) -> StepCost:
+def step_cost(
+    config: Config,
+    batch: BatchPlan,
+    n_parameters: int,
+    bucket: tuple[int, int] | None = None,
+    backends: Mapping[str, str] | None = None,
+) -> StepCost:
     """Exact model and hardware FLOPs (2 per multiply-add) and tokens of one global batch; N counts all trainables.
 
     ``bucket`` (H, W) in pixels stands for a batch of another aspect ratio than the configuration's resolution.
+    ``backends``: op → what serves it, which hardware FLOPs hang on (see ``flop_ledger``); torch's by default.
     """
     spec = config.backbone()
     latent_size = (bucket[0] // config.factor, bucket[1] // config.factor) if bucket else spec.latent_size
     one = spec.flops(1, latent_size)
-    hardware = spec.hardware_flops(
-        1, config.engine.checkpointing, latent_size, trained_text=not config.encoders.text.frozen
-    )
     text = config.text_encoder(1)  # the table, of whatever length, is looked up and costs nothing
-    text_flops = text.flops().model_flops if text else 0
+    ledger = flop_ledger(
+        spec,
+        latent_size=latent_size,
+        checkpointing=config.engine.checkpointing,
+        backend=backends or {},
+        trained_text=not config.encoders.text.frozen,
+    ) + (rows_of(text.calls(), part="text") if text else ())
     return StepCost(
         images=batch.total,
         image_tokens=batch.total * one.image_tokens,
         tokens=batch.total * one.tokens,
-        model_flops=batch.total * (one.model_flops + text_flops),
-        hardware_flops=batch.total * (hardware + text_flops),
+        model_flops=batch.total * ledger.model_flops,
+        hardware_flops=batch.total * ledger.hardware_flops,
         six_nd=6 * n_parameters * batch.total * one.tokens,
     )

@@ -64,7 +64,8 @@ def prepare(config: Config, run_path: Path, world: World) -> Job:
     kept: Any = on_main(world, lambda: _kept_kernels(run, world.device) if resuming else {})
     backends.keep(kept)
     engine, optimizer, shards = build.build_engine(config, model, world, ds_config)
-    costs = {bucket: step_cost(config, batch, n_parameters, bucket) for bucket in (*plan.buckets, None)}
+    serving = {op: name for op, (name, _) in backends.choices(world.device).items()}
+    costs = {bucket: step_cost(config, batch, n_parameters, bucket, serving) for bucket in (*plan.buckets, None)}
     cost = costs[None]
     summary = _summary(config, run, cost, batch, n_parameters, source) | ({"initial": start} if start else {})
     on_main(world, lambda: _settle(run, config, ds_config, summary, resuming))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from longskip.errors import SpecError
+from longskip.models.calls import UnitCalls
+from longskip.models.uvit_calls import uvit_calls, word_encoder_calls
 
 __all__ = ["Flops", "ParamCounts", "ParamSpec", "SavedBytes", "TextEncoderSpec", "UViTSpec"]
 
@@ -332,8 +334,7 @@ class UViTSpec:
         height, width = self.latent_size if latent_size is None else latent_size
         rows, cols = self.grid((height, width))
         text = self.n_txt if n_txt is None else n_txt
-        if not 0 <= text <= self.n_txt:
-            raise SpecError(f"n_txt = {text} is outside 0..{self.n_txt}", cure="give at most the spec's n_txt")
+        self._check_text(text)
         h, blocks, pixels, img = self.width, self.n_blocks, self.patch**2, rows * cols
         tokens = self.n_extra - self.n_txt + text + img
         one = {
@@ -351,37 +352,33 @@ class UViTSpec:
         }
         return Flops(batch, batch * tokens, batch * img, {op: batch * macs for op, macs in one.items()})
 
+    def calls(
+        self,
+        batch: int = 1,
+        latent_size: tuple[int, int] | None = None,
+        n_txt: int | None = None,
+        *,
+        trained_text: bool = False,
+        masked: bool = False,
+    ) -> tuple[UnitCalls, ...]:
+        """Every op of a forward pass of ``batch`` images, unit by unit: what ``profiling.flop_ledger`` adds up.
+
+        ``latent_size`` and ``n_txt`` as in ``flops``; ``trained_text``: the text features need gradients;
+        ``masked``: attention is given a mask of the text's padding.
+        """
+        size, text = self.latent_size if latent_size is None else latent_size, self.n_txt if n_txt is None else n_txt
+        self._check_text(text)
+        return uvit_calls(self, batch, size, text, trained_text=trained_text, masked=masked)
+
+    def _check_text(self, n_txt: int) -> None:
+        if not 0 <= n_txt <= self.n_txt:
+            raise SpecError(f"n_txt = {n_txt} is outside 0..{self.n_txt}", cure="give at most the spec's n_txt")
+
     def checkpointed(self, checkpointing: int) -> tuple[int, int]:
         """How many blocks without and with a skip are recomputed when every ``checkpointing``-th block is (0: none)."""
         chosen = range(0, self.n_blocks, checkpointing) if checkpointing else range(0)
         skips = sum(self.has_skip(index) for index in chosen)
         return len(chosen) - skips, skips
-
-    def hardware_flops(
-        self,
-        batch: int = 1,
-        checkpointing: int = 0,
-        latent_size: tuple[int, int] | None = None,
-        trained_text: bool = True,
-    ) -> int:
-        """FLOPs (2 per multiply-add) that a training step of ``batch`` images really executes, forward and backward.
-
-        The backward pass leaves out the gradients that nothing needs: towards the pictures (patch projection), towards
-        the time sinusoid (the time MLP's first layer), and towards text features unless a text encoder is trained along
-        (``trained_text``). With ``checkpointing`` k every k-th block is computed again, up to the last tensor that the
-        backward pass needs: without adaLN's gate that is the input of the MLP's second layer. What a fused attention
-        repeats inside its backward is not counted.
-        """
-        macs = self.flops(batch, latent_size).macs_by_op
-        executed = 3 * sum(macs.values()) - macs["patch"] - macs["time_mlp"] // 2
-        executed -= 0 if trained_text else macs["text"]
-        plain, skips = self.checkpointed(checkpointing)
-        again, h = plain + skips, self.width
-        executed += sum(macs[op] // self.n_blocks * again for op in ("qkv", "attention", "proj"))
-        executed += macs["mlp"] // self.n_blocks // (1 if self.adaln else 2) * again
-        executed += macs["skip_linear"] // self.n_skips * skips if skips else 0
-        executed += batch * 6 * h**2 * again if self.adaln else 0
-        return 2 * executed
 
     def saved_bytes(
         self,
@@ -482,3 +479,7 @@ class TextEncoderSpec:
         ``model_flops``: everything needs its gradient."""
         macs = batch * self.depth * self.n_tokens * self.window * self.width**2
         return Flops(batch, batch * self.n_tokens, 0, {"layers": macs})
+
+    def calls(self, batch: int = 1) -> tuple[UnitCalls, ...]:
+        """Every op of a forward pass of ``batch`` texts."""
+        return word_encoder_calls(self, batch)

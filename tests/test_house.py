@@ -22,6 +22,7 @@ TORCH_FREE = [
     "longskip.models.specs",
     "longskip.models.presets",
     "longskip.profiling",
+    "longskip.profiling.encoder_costs",
     "longskip.profiling.hardware",
     "longskip.profiling.ledger",
     "longskip.profiling.meter",

@@ -75,7 +75,7 @@ class PlainUViT(nn.Module):
     def forward(self, latents: Tensor, time: Tensor, tokens: Tensor) -> Tensor:
         """(B, C, H, W), (B,), (B, n_txt) ids → (B, C_out, H, W)."""
         spec, (b, c, height, width) = self.spec, latents.shape
-        p, (rows, cols), half = spec.patch, spec.grid((height, width)), spec.width // 2
+        p, (rows, cols), half = spec.patch, spec.grid((int(height), int(width))), spec.width // 2
         rates = torch.exp(torch.arange(half, device=time.device) * (-math.log(10000.0) / half))
         angles = (time * spec.time_scale)[:, None] * rates
         now = torch.cat((angles.cos(), angles.sin()), dim=-1)[:, None]  # (B, 1, h)

@@ -243,18 +243,31 @@ def attention_varlen(
         check_shape(op, "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens.shape), "as many as cu_seqlens")
     elif keys != q.shape[0]:
         refuse(op, "cu_seqlens_k", "None", f"offsets from 0 to the {keys} keys, where there are {q.shape[0]} queries")
-    # The choice hangs on the shapes only, on the mean lengths: the lengths themselves differ from call to call.
+    sizes = _varlen_sizes(q, k, v, cu_seqlens=cu_seqlens)
+    serving = resolve(op, q.device, q.dtype, sizes)
+    out: Tensor = serving(q, k, v, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, scale=scale)
+    return out
+
+
+def _varlen_sizes(
+    q: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    scale: float | None = None,
+) -> dict[str, int]:
+    """What the choice of a backend hangs on: the shapes, by their mean lengths; the lengths differ from call to call."""
     sequences = max(1, cu_seqlens.shape[0] - 1)
-    sizes = {
+    keys = q.shape[0] if k is None else k.shape[0]
+    return {
         "queries": -(-q.shape[0] // sequences),
         "keys": -(-keys // sequences),
         "heads": q.shape[-2],
         "head_dim": q.shape[-1],
         "itemsize": q.element_size(),
     }
-    serving = resolve(op, q.device, q.dtype, sizes)
-    out: Tensor = serving(q, k, v, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, scale=scale)
-    return out
 
 
 def _on_host(name: str, offsets: Tensor, q: Tensor, tokens: int) -> Tensor:
@@ -313,7 +326,7 @@ def _varlen_shapes(
     }
 
 
-register_formula("attention_varlen", _varlen_shapes)
+register_formula("attention_varlen", _varlen_shapes, choice=_varlen_sizes)
 register_formula("attention", _shapes)
 register_triton("attention")
 importlib.import_module("longskip.kernels.attention_adapters")  # registers flash_attn and xformers

@@ -43,12 +43,15 @@ from longskip.kernels.attention_tiles_triton import (
 
 _SHORT: Choices = {
     (2, 64, 100): (blocks(64, 64, 8, 1),),
+    (2, 48, 90): (blocks(64, 64, 8, 2), blocks(64, 64, 8, 1)),
     (2, 64, 90): (blocks(64, 64, 8, 2), blocks(64, 64, 8, 1)),
     (2, 64, 80): (blocks(32, 32, 8, 1),),
     (4, 64, 80): (blocks(16, 32, 4, 1),),
 }
-# The offsets' arithmetic and two stages of loads are more than the registers hold.
-_SHORT_VARLEN: Choices = {**_SHORT, (2, 64, 90): (blocks(64, 64, 8, 1),)}
+# Where two stages of loads spill: with the offsets' arithmetic, in the loops without an end that the compiler lays out
+# otherwise, and by Triton before 3.7.
+_SHORT_ONE_STAGE: Choices = {**_SHORT, (2, 64, 90): (blocks(64, 64, 8, 1), blocks(64, 64, 8, 2))}
+_SPILLS_TWO_STAGES = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7)
 _KEYS: Choices = {
     (2, 64, 80): (blocks(64, 128, 8, 2),),
     (2, 128, 90): (blocks(64, 64, 8, 2),),
@@ -295,6 +298,11 @@ def is_short(longest: tuple[int, int], head_dim: int) -> bool:
     return max(longest) <= LONGEST_SHORT and head_dim <= WIDEST_SHORT
 
 
+def _short(call: Call) -> Choices:
+    ends = call.mask is not None or call.longest[1] % 64 != 0
+    return _SHORT if call.offsets is None and ends and not _SPILLS_TWO_STAGES else _SHORT_ONE_STAGE
+
+
 def backward(
     call: Call, out: Tensor, lse: Tensor, grad: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
     configurations: Mapping[str, Choice] | None = None,
@@ -309,8 +317,7 @@ def backward(
     inputs = (call.q, call.k, call.v, call.mask, lse)
     device = call.q.device
     if is_short(call.longest, call.head_dim):
-        choices = _SHORT if call.offsets is None else _SHORT_VARLEN
-        constants = chosen("_attention_backward_short", call, choices, given.get("_attention_backward_short"))
+        constants = chosen("_attention_backward_short", call, _short(call), given.get("_attention_backward_short"))
         programs = min(call.programs, PROGRAMS_PER_MULTIPROCESSOR * jit.target_of(device).multiprocessors)
         rows = call.longest[0]
         partial = jit.empty((programs, rows, call.head_dim), torch.float32, device)

@@ -102,6 +102,7 @@ def chosen(kernel: str, call: Call, choices: Choices, configuration: Choice | No
     if configuration is not None:
         return dict(configuration)
     sizes = {"queries": call.longest[0], "keys": call.longest[1], "heads": call.heads, "head_dim": call.head_dim}
+    sizes |= {name: 1 for name, there in (("masked", call.mask), ("varlen", call.offsets)) if there is not None}
     found = tables.best_configuration(call.q.device, kernel, tables.bucket(call.q.dtype, sizes))
     allowed = suitable(choices, call)
     return dict(found if found is not None and (found in allowed or jit.INTERPRETED) else allowed[0])

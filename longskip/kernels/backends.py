@@ -69,6 +69,7 @@ class _Backend:
 
 _REGISTRY: dict[str, dict[str, _Backend]] = {op: {} for op in _FAMILY_OF}
 _SHAPES: dict[str, Callable[..., dict[str, int]]] = {}
+_CHOICE: dict[str, Callable[..., dict[str, int]]] = {}  # of the ops that are chosen by other sizes than they cost by
 _SETTINGS: dict[str, str] = dict.fromkeys(_FAMILY_OF, "auto")
 _RESOLVED: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _SERVED: dict[str, dict[str, str]] = {}  # op -> {backend: reason}, of the calls since `configure`
@@ -117,10 +118,17 @@ def _absent(*args: Any, **kwargs: Any) -> Any:
     raise BackendError("the Triton kernels were not loaded")
 
 
-def register_formula(op: str, shapes: Callable[..., dict[str, int]]) -> None:
-    """Tie an op to its formula: ``shapes`` takes the public function's arguments and returns the formula's integers."""
+def register_formula(
+    op: str, shapes: Callable[..., dict[str, int]], choice: Callable[..., dict[str, int]] | None = None
+) -> None:
+    """Tie an op to its formula: ``shapes`` takes the public function's arguments and returns the formula's integers.
+
+    ``choice``: the same of the sizes by which a backend is chosen, where those are others.
+    """
     _known_op(op)
     _SHAPES[op] = shapes
+    if choice is not None:
+        _CHOICE[op] = choice
 
 
 def op_cost(op: str, *args: Any, direction: Literal["forward", "backward"] = "forward", **kwargs: Any) -> OpCost:
@@ -179,9 +187,9 @@ def family_of(op: str) -> str:
 
 
 def sizes_of(op: str, *args: Any, **kwargs: Any) -> dict[str, int]:
-    """The integers of a call, as the op's formula names them, from the public function's (possibly meta) arguments."""
+    """The sizes of a call by which its backend is chosen, from the public function's (possibly meta) arguments."""
     _load(op)
-    return _SHAPES[op](*args, **kwargs)
+    return _CHOICE.get(op, _SHAPES[op])(*args, **kwargs)
 
 
 def settle(device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -85,6 +86,53 @@ def data(
 
 
 @app.command()
+def counters(
+    preset: Annotated[list[str] | None, typer.Option(help="the model, uvit-tiny by default; may be repeated")] = None,
+    device: Annotated[list[str] | None, typer.Option(help="cpu or meta, both by default; may be repeated")] = None,
+    package: Annotated[list[str] | None, typer.Option(help="only this package's counters; may be repeated")] = None,
+    as_json: JsonOption = False,
+    out: OutOption = None,
+) -> None:
+    """FLOP counters: what each says of the same U-ViT, and its distance from the closed form.
+
+    fvcore, torch's FlopCounterMode, DeepSpeed's profiler, and calflops, thop, torchinfo, ptflops and torch_flops where they
+    are installed, beside ours. What a counter cannot count is shown with its message.
+    """
+    from longskip.engine.bench_common import save
+    from longskip.engine.bench_counters import DEVICES, bench_counters, to_markdown
+
+    result = bench_counters(preset or ("uvit-tiny",), device or DEVICES, only=package or (), progress=_tell)
+    if out is not None:
+        save(result, to_markdown(result), out)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        _print_counters(result)
+
+
+def _print_counters(result: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from longskip.engine.bench_counters import cells, title_of
+
+    console = Console()
+    for model in result["models"]:
+        titles, rows = cells(result, model)
+        table = Table(
+            title=title_of(model), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+        )
+        for name in titles:
+            table.add_column(name, justify="right" if name == "error" else "left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    if result["not_installed"]:
+        console.print(f"not installed: {', '.join(result['not_installed'])}")
+
+
+@app.command()
 def kernels(
     op: Annotated[list[str] | None, typer.Option(help="only this op; may be repeated")] = None,
     shapes: Annotated[
@@ -127,6 +175,76 @@ def kernels(
     given += ["--inductor", inductor]
     given += ["--tune"] * tune + ["--save"] * save + ["--into-package"] * into_package
     raise typer.Exit(bench.main(given))
+
+
+@app.command()
+def machine(
+    dtype: Annotated[list[str] | None, typer.Option(help="of products: fp32, bf16, fp16; may be repeated")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="a preset whose ops are timed; may be repeated")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="pictures that these presets are given at a time")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="of every measurement, in turns")] = 5,
+    keep: Annotated[bool, typer.Option(help="keep the result in your folders, for `--gpu this`")] = True,
+    as_json: JsonOption = False,
+    out: OutOption = None,
+) -> None:
+    """This machine's processor: its ceilings (products per dtype, copies), and what the models' ops reach of them.
+
+    Keeps the rates as the device `this` in your hardware.yaml and the ops' times in your cache folder; `--no-keep` only
+    prints them.
+    """
+    from longskip.models.presets import preset
+
+    specs = [preset(name) for name in model or ()]
+    from longskip.engine.bench_common import about, page
+    from longskip.profiling.calibration import calls_of
+    from longskip.profiling.machine import measure_machine
+    from longskip.profiling.step_check import CASES
+
+    load = os.getloadavg()
+    chosen = [(spec, batch) for spec in specs] or [(case.spec, case.batch) for case in CASES]
+    dtypes = dtype or ["fp32", "bf16"]
+    if "fp32" not in dtypes:
+        dtypes = ["fp32", *dtypes]  # what everything but products is rated by
+    found = measure_machine(
+        [call for spec, many in chosen for call in calls_of(spec, many)], dtypes=dtypes, repeats=repeats,
+        parameters=[item.numel for unit in chosen[-1][0].parameters().values() for item in unit],
+        about={"command": "longskip bench machine"}, progress=_tell,
+    )  # fmt: skip
+    options = {"repeats": repeats, "batch": batch}
+    result = about("machine", options, load, "torch") | found.to_json() | {"kept": found.keep() if keep else []}
+    how = f"{found.ceilings.threads} threads, medians of {repeats}"
+    lines = [*page("This machine", result, how), "", *found.to_markdown(), ""]
+    lines += [f"kept: {path}" for path in result["kept"]]
+    _hand_out(result, "\n".join(lines).rstrip() + "\n", as_json, out)
+
+
+@app.command()
+def predict(
+    rounds: Annotated[int, typer.Option(min=1, help="of calibration and steps, in turns")] = 5,
+    as_json: JsonOption = False,
+    out: OutOption = None,
+) -> None:
+    """Predicted against measured training steps on this machine: a bare loop, float32, by processor time and wall clock.
+
+    Each round times every op of the model and then takes steps. Exit code 1 where a prediction misses its limit.
+    """
+    from longskip.engine.bench_common import about, page
+    from longskip.profiling.machine import measured_device
+    from longskip.profiling.step_check import LIMIT, predict_steps, to_markdown
+
+    load = os.getloadavg()
+    device = measured_device()
+    rows = predict_steps(rounds=rounds, device=device, progress=_tell)
+    result = about("predict", {"rounds": rounds}, load, "torch") | {
+        "ceilings": {"fp32_flops": device.peak("fp32"), "copy_bytes_per_second": device.bandwidth},
+        "limit": LIMIT,
+        "rows": rows,
+    }
+    how = f"a bare loop in float32, medians of {rounds} rounds of calibration and steps in turns"
+    lines = [*page("Step time, predicted and measured", result, how), "", *to_markdown(rows, device)]
+    _hand_out(result, "\n".join(lines) + "\n", as_json, out)
+    if not all(row["met"] for row in rows):
+        raise typer.Exit(1)
 
 
 @app.command()

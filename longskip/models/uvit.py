@@ -77,7 +77,7 @@ class Embed(Packed):
     ) -> tuple[Tensor, Tensor]:
         """The same as a pure function of inputs and parameters."""
         spec, dtype = self.spec, p["patch.weight"].dtype
-        grid = spec.grid((latents.shape[-2], latents.shape[-1]))
+        grid = spec.grid((int(latents.shape[-2]), int(latents.shape[-1])))
         now = time_sinusoid(time.float() * spec.time_scale, spec.width).to(dtype)  # (B, h)
         if spec.time_mlp:
             now = F.silu(F.linear(now, p["time.fc1.weight"], p["time.fc1.bias"]))  # (B, 4h)
@@ -246,7 +246,7 @@ class UViT(nn.Module):
         """
         cond = cond or Conditioning()
         self._check(latents, time, cond)
-        grid = self.spec.grid((latents.shape[-2], latents.shape[-1]))
+        grid = self.spec.grid((int(latents.shape[-2]), int(latents.shape[-1])))
         x, now = self.embed(latents, time, cond.text, cond.label)  # (B, L, h), (B, h)
         run = partial(self._run, time=now if self.spec.adaln else None, key_mask=self._key_mask(cond, x))
         half, skips = self.spec.depth // 2, []

@@ -17,7 +17,6 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,52 +28,58 @@ from longskip import kernels
 from longskip.errors import BackendError, LongskipError
 from longskip.kernels import jit, tables
 from longskip.profiling import bench_optimizer, bench_timing, bench_tuning
-from longskip.profiling.bench_providers import Call, Provider, providers
+from longskip.profiling.bench_packed import Call, Layout
+from longskip.profiling.bench_providers import Provider, providers
 from longskip.profiling.bench_timing import Work
-from longskip.profiling.kernel_cases import CASES, KernelCase
+from longskip.profiling.kernel_cases import CASES, SWEEP, KernelCase
 
 MODES = ("forward", "backward", "both")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Inputs that every sample has its own of: what a smaller batch of the same case is cut from.
-_PER_SAMPLE = {"x", "y", "q", "k", "v", "skip", "gate", "shift", "scale", "prediction", "clean", "noise", "time"}
 
 
-def smaller(case: KernelCase, batch: int) -> KernelCase:
-    """The case with ``batch`` samples."""
-
-    def cut(shapes: Mapping[str, tuple[int, ...]], names: set[str]) -> dict[str, tuple[int, ...]]:
-        return {name: (batch, *shape[1:]) if name in names else shape for name, shape in shapes.items()}
-
-    loss = {"weight"} if case.op == "diffusion_loss" else set()
-    return replace(case, inputs=cut(case.inputs, _PER_SAMPLE), data=cut(case.data, _PER_SAMPLE | loss))
+_SAME = Layout(lambda tensor, extra: tensor, lambda tensor, extra: tensor)
 
 
-def run(case: KernelCase, call: Call, leaves: Mapping[str, Tensor], extra: Mapping[str, Any]) -> dict[str, Tensor]:
+def run(
+    call: Call, leaves: Mapping[str, Tensor], extra: Mapping[str, Any], layout: Layout | None = None
+) -> dict[str, Tensor]:
     """Outputs and gradients by name; the cotangents are ones of alternating sign, the same for every provider."""
+    layout = layout or _SAME
+    leaves = _laid_out(leaves, extra, layout)
     outputs = call(leaves, extra)
-    grads = torch.autograd.grad(outputs, list(leaves.values()), _cotangents(outputs), allow_unused=True)
-    named = {f"out{at}": out.detach() for at, out in enumerate(outputs)}
-    return named | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
+    cotangents = _cotangents(outputs, extra, layout)
+    grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True)
+    named = {f"out{at}": layout.back(out.detach(), extra) for at, out in enumerate(outputs)}
+    return named | {
+        f"d{name}": layout.back(grad, extra) for name, grad in zip(leaves, grads, strict=True) if grad is not None
+    }
 
 
-def _cotangents(outputs: Iterable[Tensor]) -> list[Tensor]:
+def _laid_out(leaves: Mapping[str, Tensor], extra: Mapping[str, Any], layout: Layout) -> dict[str, Tensor]:
+    return {name: layout.there(leaf.detach(), extra).requires_grad_() for name, leaf in leaves.items()}
+
+
+def _cotangents(outputs: Iterable[Tensor], extra: Mapping[str, Any], layout: Layout) -> list[Tensor]:
     found = []
     for out in outputs:
-        sign = torch.arange(out.numel(), device=out.device) % 7 - 3
-        found.append((sign.to(out.dtype) / 4).view(out.shape))
+        plain = layout.back(out.detach(), extra)
+        sign = torch.arange(plain.numel(), device=out.device) % 7 - 3
+        found.append(layout.there((sign.to(out.dtype) / 4).view(plain.shape), extra))
     return found
 
 
-def check(case: KernelCase, call: Call, device: torch.device, dtype: torch.dtype) -> tuple[float, str | None]:
+def check(
+    case: KernelCase, call: Call, device: torch.device, dtype: torch.dtype, layout: Layout | None = None
+) -> tuple[float, str | None]:
     """(largest error over the allowed one, what fails): err <= 2 err of eager torch + rounding noise, per tensor."""
-    small = smaller(case, 1)
+    small = case.smaller(1)
     leaves, extra = small.tensors(device, dtype)
-    ours = run(small, call, leaves, extra)
+    ours = run(call, leaves, extra, layout)
     with kernels.use("torch", case.op):
-        eager = run(small, small.call, leaves, extra)
+        eager = run(small.call, leaves, extra)
     wide = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
     with kernels.use("reference", case.op):
-        exact = run(small, small.call, wide, extra)
+        exact = run(small.call, wide, extra)
     worst, failed = 0.0, None
     for name, reference in exact.items():
         if name not in ours:
@@ -89,10 +94,14 @@ def check(case: KernelCase, call: Call, device: torch.device, dtype: torch.dtype
     return worst, failed
 
 
-def works_of(case: KernelCase, call: Call, leaves: Mapping[str, Tensor], extra: Mapping[str, Any]) -> dict[str, Work]:
+def works_of(
+    call: Call, leaves: Mapping[str, Tensor], extra: Mapping[str, Any], layout: Layout | None = None
+) -> dict[str, Work]:
     """The three modes as work without arguments."""
+    layout = layout or _SAME
+    leaves = _laid_out(leaves, extra, layout)
     outputs = call(leaves, extra)
-    cotangents = _cotangents(outputs)
+    cotangents = _cotangents(outputs, extra, layout)
     inputs = list(leaves.values())
 
     def backward() -> Any:
@@ -125,9 +134,9 @@ def bench_case(
             call = provider.make(case)
             if isinstance(call, str):
                 continue
-            errors[provider.name], failed = check(case, call, device, dtype)
+            errors[provider.name], failed = check(case, call, device, dtype, provider.layout)
             if failed is None:
-                works[provider.name] = works_of(case, call, leaves, extra)
+                works[provider.name] = works_of(call, leaves, extra, provider.layout)
         except refusals as error:
             failed = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         if failed is not None:
@@ -157,6 +166,8 @@ def _head(case: KernelCase, dtype: torch.dtype, provider: Provider) -> dict[str,
         "case": case.label,
         "x_name": case.x_name,
         "x": case.x,
+        "series": case.series,
+        "sweep": case.sweep,
         "dtype": str(dtype).removeprefix("torch."),
         "provider": provider.name,
         "version": provider.version,
@@ -213,7 +224,7 @@ def bench(
     found, missing = providers(device, inductor)
     claim = device.type == "cuda"
     if not claim:
-        cases = [smaller(case, 1) for case in cases if case.x < 4000]
+        cases = [case.smaller(1) for case in cases if case.x_name != "tokens" or case.x < 4000]
         say("no GPU here: the plain torch form is timed on the CPU; these rows are no claim about speed")
     limits = bench_timing.ceilings(device, dtype)
     say(f"ceilings of this run: {limits['matmul_tflops']:.3g} TFLOP/s, {limits['copy_gbps']:.0f} GB/s copied")
@@ -221,9 +232,9 @@ def bench(
     if tuning and claim:
 
         def both(case: KernelCase) -> Work:
-            return works_of(case, case.call, *case.tensors(device, dtype))["both"]
+            return works_of(case.call, *case.tensors(device, dtype))["both"]
 
-        tuned = bench_tuning.tune(cases, both, device, max(10, repeats // 4), say)
+        tuned = bench_tuning.tune([c for c in cases if not c.sweep], both, device, max(10, repeats // 4), say)
     rows: list[dict[str, Any]] = []
     result = {
         "command": command,
@@ -296,17 +307,19 @@ def write_csv(result: Mapping[str, Any], path: Path) -> None:
                 writer.writerow({**head, "metric_name": "memory", "metric_unit": "MB", **size})
 
 
-def chosen_cases(ops: Sequence[str], shapes: Sequence[str]) -> list[KernelCase]:
-    """The cases of these ops whose label contains one of ``shapes``; BackendError where there is none."""
+def chosen_cases(ops: Sequence[str], shapes: Sequence[str], sweep: bool = False) -> list[KernelCase]:
+    """The cases of these ops whose label contains one of ``shapes``, with those of the sweep last where it is asked for.
+
+    Raises BackendError where there is none.
+    """
     known = {case.op for case in CASES}
     for op in ops:
         if op not in known | {"adamw"}:
             raise BackendError(f"--op {op!r}; known: {', '.join(sorted(known | {'adamw'}))}")
-    cases = [case for case in CASES if not ops or case.op in ops]
-    if shapes:
-        cases = [case for case in cases if any(part in case.label for part in shapes)]
+    there = [case for case in (*CASES, *(SWEEP if sweep else ())) if not ops or case.op in ops]
+    cases = [case for case in there if not shapes or any(part in case.label for part in shapes)]
     if not cases and "adamw" not in ops:
-        labels = ", ".join(case.label for case in CASES if not ops or case.op in ops)
+        labels = ", ".join(case.label for case in there)
         raise BackendError(f"--shapes {' '.join(shapes)}: no case of that name; known: {labels}")
     return cases
 
@@ -318,6 +331,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--op", action="append", default=[], help="only this op; may be repeated")
     parser.add_argument(
         "--shapes", action="append", default=[], help="only cases whose label contains this; may be repeated"
+    )
+    parser.add_argument(
+        "--sweep", action=argparse.BooleanOptionalAction, help="attention over many lengths; by default on a GPU only"
     )
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--repeats", type=int, help="of every measurement: 50 on a GPU, 3 on a CPU")
@@ -331,7 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[options.dtype or ("bf16" if device.type == "cuda" else "fp32")]
-    cases = chosen_cases(options.op, options.shapes)
+    cases = chosen_cases(options.op, options.shapes, device.type == "cuda" if options.sweep is None else options.sweep)
     folders = [
         folder
         for wanted, folder in ((options.save, tables.user_folder()), (options.into_package, tables.PACKAGE_FOLDER))

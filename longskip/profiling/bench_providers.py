@@ -17,19 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longskip import kernels
+from longskip.profiling import bench_packed
+from longskip.profiling.bench_packed import PADDED, Call, Layout
 from longskip.profiling.kernel_cases import KernelCase
-
-Call = Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class Provider:
-    """``make(case)`` gives the call, or a text that says why there is none."""
+    """``make(case)`` gives the call, or a text that says why there is none; ``layout``: of its tensors, where it has one."""
 
     name: str
     version: str
     make: Callable[[KernelCase], Call | str]
     ours: bool = False
+    layout: Layout | None = None
 
 
 def _version(package: str) -> str | None:
@@ -52,7 +53,11 @@ def by_backend(backend: str) -> Callable[[KernelCase], Call | str]:
 def compiled(mode: str) -> Callable[[KernelCase], Call | str]:
     """torch.compile of the plain torch form, with static shapes."""
 
-    def make(case: KernelCase) -> Call:
+    def make(case: KernelCase) -> Call | str:
+        if case.sweep:
+            return "not in a sweep"
+        if case.op == "attention_varlen":
+            return "offsets have no values there: its plain form multiplies all pairs of tokens"
         graph = torch.compile(case.call, mode=mode, dynamic=False, fullgraph=True)
 
         def call(leaves: Mapping[str, Any], extra: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -74,8 +79,9 @@ def sdpa(name: str) -> Callable[[KernelCase], Call | str]:
 
         def call(leaves: Mapping[str, Any], extra: Mapping[str, Any]) -> tuple[Tensor, ...]:
             q, k, v = (t.transpose(1, 2) for t in leaves["q"].unbind(2))
+            mask = extra["key_mask"][:, None, None] if "key_mask" in extra else None
             with torch.nn.attention.sdpa_kernel(backend):
-                return (F.scaled_dot_product_attention(q, k, v).transpose(1, 2),)
+                return (F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2),)
 
         return call
 
@@ -84,8 +90,10 @@ def sdpa(name: str) -> Callable[[KernelCase], Call | str]:
 
 def flash_attn(case: KernelCase) -> Call | str:
     """The flash-attn package's packed call."""
-    if case.op != "attention":
-        return "attention only"
+    if case.op == "attention_varlen":
+        return bench_packed.flash_attn(case)
+    if case.op != "attention" or case.data:
+        return "attention without a mask only"
     from flash_attn import flash_attn_qkvpacked_func
 
     return lambda leaves, extra: (flash_attn_qkvpacked_func(leaves["q"]),)
@@ -93,8 +101,10 @@ def flash_attn(case: KernelCase) -> Call | str:
 
 def xformers(case: KernelCase) -> Call | str:
     """xformers' memory-efficient attention."""
-    if case.op != "attention":
-        return "attention only"
+    if case.op == "attention_varlen":
+        return bench_packed.xformers(case)
+    if case.op != "attention" or case.data:
+        return "attention without a mask only"
     from xformers.ops import memory_efficient_attention
 
     return lambda leaves, extra: (memory_efficient_attention(*leaves["q"].unbind(2)),)
@@ -150,6 +160,9 @@ def providers(device: torch.device, inductor: Sequence[str] = ("default",)) -> t
             missing[name] = "not asked for"
     for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
         found.append(Provider(f"sdpa-{name.split('_')[0].lower()}", torch.__version__, sdpa(name)))
+    found.append(Provider("sdpa-padded", torch.__version__, bench_packed.padded, layout=PADDED))
+    found.append(Provider("sdpa-nested", torch.__version__, bench_packed.nested))
+    found.append(Provider("torch-varlen", torch.__version__, bench_packed.by_offsets))
     rivals: dict[str, tuple[str, Callable[[KernelCase], Call | str]]] = {
         "liger": ("liger-kernel", liger),
         "xformers": ("xformers", xformers),

@@ -36,22 +36,37 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def render(path: Path, out: Path | None = None) -> list[Path]:
-    """Write the pictures, ``roofline.png`` and one per op, and ``index.html`` with all of them; the files' paths.
+    """Write the pictures and ``index.html`` with all of them; the files' paths.
 
-    ``out``: the folder, by default the JSON's name without its ending.
+    ``roofline.png``; per op ``OP.png``, bars of every case, and ``OP-lines.png``, times against tokens or width, where
+    cases of one series have three sizes or more. ``out``: the folder, by default the JSON's name without its ending.
     """
     result = read(path)
     folder = out or path.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = {"roofline": folder / "roofline.png"}
-    _roofline(result, pictures["roofline"])
-    for op in dict.fromkeys(row["op"] for row in result["rows"]):
-        if any(row["op"] == op and "ms" in row for row in result["rows"]):
-            pictures[op] = folder / f"{op}.png"
-            _times(op, result, pictures[op])
+    roofline = folder / "roofline.png"
+    _roofline(result, roofline)
+    pictures: dict[str, list[Path]] = {}
+    for op in dict.fromkeys(row["op"] for row in result["rows"] if "ms" in row):
+        rows = [row for row in result["rows"] if row["op"] == op and "ms" in row]
+        drawn = pictures.setdefault(op, [])
+        if series := series_of(rows):
+            drawn.append(folder / f"{op}-lines.png")
+            _lines(op, series, result, drawn[-1])
+        if bars := [row for row in rows if not row.get("sweep")]:
+            drawn.append(folder / f"{op}.png")
+            _bars(op, bars, result, drawn[-1])
     page = folder / "index.html"
-    page.write_text(_page(result, pictures), "utf-8")
-    return [*pictures.values(), page]
+    page.write_text(_page(result, roofline, pictures), "utf-8")
+    return [roofline, *(path for drawn in pictures.values() for path in drawn), page]
+
+
+def series_of(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Series -> its rows, by size; those of three sizes or more, as fewer make no line."""
+    found: dict[str, list[Row]] = {}
+    for row in sorted((row for row in rows if row.get("series")), key=lambda row: row["x"]):
+        found.setdefault(row["series"], []).append(row)
+    return {name: here for name, here in found.items() if len({row["x"] for row in here}) > 2}
 
 
 def verdicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -91,9 +106,54 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.subplots
 
 
-def _times(op: str, result: Mapping[str, Any], path: Path) -> None:
-    """Milliseconds against tokens, width or values, a panel per mode; bars where there is one value only."""
-    rows = [row for row in result["rows"] if row["op"] == op and "ms" in row]
+def _lines(op: str, series: Mapping[str, Sequence[Row]], result: Mapping[str, Any], path: Path) -> None:
+    """Milliseconds against tokens or width, both by logarithm: a row of panels per series, a panel per mode.
+
+    The dotted line is the time that the declared work takes at this run's ceilings.
+    """
+    from matplotlib.ticker import NullLocator
+
+    colours = _providers([row for rows in series.values() for row in rows])
+    modes = [mode for mode in MODES if any(row["mode"] == mode for rows in series.values() for row in rows)]
+    figure, subplots = _figure(4.2 * len(modes) + 0.6, 3.4 * len(series) + 0.8)
+    grid = subplots(len(series), len(modes), squeeze=False)
+    for panels, (name, rows) in zip(grid, series.items(), strict=True):
+        sizes = sorted({row["x"] for row in rows})
+        for panel, mode in zip(panels, modes, strict=True):
+            of_mode = [row for row in rows if row["mode"] == mode]
+            least = {row["x"]: row["ms"]["median"] * _share(row) for row in of_mode}
+            panel.plot(list(least), list(least.values()), ":", color="#222222", lw=1, label="at this run's ceiling")
+            for provider, colour in colours.items():
+                points = [row for row in of_mode if row["provider"] == provider]
+                times = [[row["ms"][part] for row in points] for part in ("p20", "median", "p80")]
+                ours = any(row["ours"] for row in points)
+                at = [row["x"] for row in points]
+                panel.fill_between(at, times[0], times[2], color=colour, alpha=0.15, lw=0)
+                panel.plot(at, times[1], "o-", color=colour, lw=2 if ours else 1.1, ms=4, label=provider)
+            panel.set(xscale="log", yscale="log", xlabel=rows[0]["x_name"])
+            panel.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=90, fontsize=7)
+            panel.xaxis.set_minor_locator(NullLocator())
+            panel.grid(axis="y", color="#dddddd", lw=0.6)
+            panel.set_title(f"{op}, {MODES[mode]}\n{name}", fontsize=9)
+            panel.spines[["top", "right"]].set_visible(False)
+        panels[0].set_ylabel("milliseconds, median and 20–80 percentiles", fontsize=8)
+    _legend(figure, grid[0][0])
+    figure.suptitle(_where(result), fontsize=8, color="#666666")
+    figure.savefig(path)
+
+
+def _share(row: Row) -> float:
+    """Of the ceiling that counts for the row: the product's where it multiplies, else the copy's."""
+    return float(row["matmul_share"] if row.get("flops") else row["copy_share"])
+
+
+def _legend(figure: Any, panel: Any) -> None:
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False, fontsize=8)
+
+
+def _bars(op: str, rows: Sequence[Row], result: Mapping[str, Any], path: Path) -> None:
+    """Milliseconds of every case, a panel per mode."""
     colours = _providers(rows)
     modes = [mode for mode in MODES if any(row["mode"] == mode for row in rows)]
     cases = list(dict.fromkeys(row["case"] for row in rows))
@@ -118,8 +178,7 @@ def _times(op: str, result: Mapping[str, Any], path: Path) -> None:
         panel.set_xlabel("milliseconds, median and 20–80 percentiles")
         panel.set_title(f"{op}, {MODES[mode]}", fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False, fontsize=8)
+    _legend(figure, panels[0])
     figure.suptitle(_where(result), fontsize=8, color="#666666")
     figure.savefig(path)
 
@@ -183,7 +242,7 @@ def _where(result: Mapping[str, Any]) -> str:
     return f"{result['device']} · {result['dtype']} · commit {result['commit']} · {result['date']}{claim}"
 
 
-def _page(result: Mapping[str, Any], pictures: Mapping[str, Path]) -> str:
+def _page(result: Mapping[str, Any], roofline: Path, pictures: Mapping[str, Sequence[Path]]) -> str:
     import jinja2
 
     from longskip import __version__
@@ -200,7 +259,13 @@ def _page(result: Mapping[str, Any], pictures: Mapping[str, Path]) -> str:
         verdicts=verdicts(result["rows"]),
         rows=[row for row in result["rows"] if "ms" in row],
         failed=[row for row in result["rows"] if "failed" in row],
-        pictures={name: base64.b64encode(path.read_bytes()).decode() for name, path in pictures.items()},
+        share=_share,
+        roofline=_inline(roofline),
+        pictures={op: [_inline(path) for path in drawn] for op, drawn in pictures.items()},
         style=(templates / "report.css").read_text("utf-8"),
         version=__version__,
     )
+
+
+def _inline(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()

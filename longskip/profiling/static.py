@@ -4,8 +4,8 @@ Every public op is called on meta tensors inside ``kernels.jit.captured``, which
 and constants that a device would get; Triton's own binder then specialises them as the just-in-time compiler would, and
 Triton and ptxas compile them for sm_80, sm_90 and sm_100. Needs a process in which kernels are not interpreted.
 
-    python -m longskip.profiling.static --covering            a covering set
-    python -m longskip.profiling.static --all --out FILE.json every configuration
+    python -m longskip.profiling.static                        a covering set
+    python -m longskip.profiling.static --all --out FILE.json  every configuration
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import torch
 from longskip import kernels
 from longskip.errors import BackendError
 from longskip.kernels import backends, jit, tables
-from longskip.profiling.kernel_cases import CASES, KernelCase
+from longskip.profiling.kernel_cases import CASES, COMPILED, SWEEP, KernelCase
 
 SPILL_LIMIT = 0  # bytes of stack per thread
 # Families whose kernels multiply matrices: each must reach the tensor cores by the target's own instructions.
@@ -125,15 +125,16 @@ Forced = Mapping[str, Mapping[str, Any]]
 def jobs(cases: Sequence[KernelCase | None], targets: Sequence[int], *, every_configuration: bool) -> list[Job]:
     """Distinct compilations, the optimizer's for the case None: what each case takes by default, per target.
 
-    With ``every_configuration`` also all constants that a table may name, and each kernel once as if no pointer were
-    aligned; without, one more form of the matrix products, whose default is the library's.
+    With ``every_configuration`` also all constants that a table may name (but for the ``COMPILED`` cases), and each kernel
+    once as if no pointer were aligned; without, one more form of the matrix products, whose default is the library's.
     """
+    defaults = {case.id for case in COMPILED} - {case.id for case in (*CASES, *SWEEP)}
     found: dict[tuple[Any, ...], Job] = {}
     for target in targets:
         seen: set[str] = set()
         for case in cases:
             name = case.id if case else "adamw"
-            choices = _every(case) if every_configuration else _own_products(case)
+            choices = _own_products(case) if not every_configuration else () if name in defaults else _every(case)
             for forced in ({}, *choices):
                 with tables.forced(forced):
                     launched = launches(case, target) if case else adamw_launches(target)
@@ -356,12 +357,14 @@ def _multiplies(kernel: str) -> bool:
 
 
 def covering(cases: Sequence[KernelCase] = CASES) -> list[KernelCase]:
-    """The first case of every op, and the longest of attention, whose kernels are others: every kernel at least once."""
+    """The first case of every op, and the longest of attention's, whose kernels are others: every kernel at least once."""
     first: dict[str, KernelCase] = {}
+    longest: dict[str, KernelCase] = {}
     for case in cases:
         first.setdefault(case.op, case)
-    longest = max((case for case in cases if case.op == "attention"), key=lambda case: case.x, default=None)
-    return [*first.values(), *([longest] if longest is not None else [])]
+        if case.op in backends.FAMILIES["attention"] and case.x >= longest.get(case.op, case).x:
+            longest[case.op] = case
+    return list({case.id: case for case in (*first.values(), *longest.values())}.values())
 
 
 def _load() -> None:
@@ -453,8 +456,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for op in options.op:
         if op not in known:
             raise BackendError(f"--op {op!r}; known: {', '.join(sorted(known))}")
-    chosen = [case for case in CASES if not options.op or case.op in options.op]
-    cases: list[KernelCase | None] = [*(chosen if options.all else covering(chosen))]
+    chosen = [case for case in (*CASES, *SWEEP, *COMPILED) if not options.op or case.op in options.op]
+    if not options.all:
+        chosen = covering([case for case in chosen if case in CASES])
+    cases: list[KernelCase | None] = [*chosen]
     if not options.op or "adamw" in options.op:
         cases.append(None)
     targets = [int(target) for target in options.targets.split(",")]

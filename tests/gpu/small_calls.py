@@ -11,8 +11,8 @@ from longskip.profiling.kernel_cases import CASES
 
 def main() -> None:
     for case in static.covering(CASES):
-        small = bench.smaller(case, 1)
+        small = case.smaller(1)
         leaves, extra = small.tensors(torch.device("cuda"), torch.bfloat16)
         with kernels.use("require:triton", case.op):
-            bench.run(small, small.call, leaves, extra)
+            bench.run(small.call, leaves, extra)
     torch.cuda.synchronize()

@@ -78,11 +78,11 @@ def test_every_configuration(case: KernelCase, kernel: str, constants: dict[str,
 
 @pytest.mark.parametrize("case", static.covering(SIZES), ids=lambda c: c.id)
 def test_the_same_call_gives_the_same_bits(case: KernelCase) -> None:
-    leaves, extra = bench.smaller(case, 4).tensors(DEVICE, torch.bfloat16)
+    leaves, extra = case.smaller(4).tensors(DEVICE, torch.bfloat16)
     with kernels.use("require:triton", case.op):
-        first = bench.run(case, case.call, leaves, extra)
+        first = bench.run(case.call, leaves, extra)
         for _ in range(99):
-            again = bench.run(case, case.call, leaves, extra)
+            again = bench.run(case.call, leaves, extra)
             assert all(torch.equal(first[name], again[name]) for name in first)
 
 
@@ -94,7 +94,7 @@ def test_addresses_beyond_two_to_the_31(case: KernelCase) -> None:
     batch = 2**31 // (case.inputs["x"][1] * case.inputs["x"][2]) + 2
     if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
         pytest.skip("needs 40 GiB")
-    large = bench.smaller(case, batch)
+    large = case.smaller(batch)
     ours = {"skip_linear_out": {"gemm": "triton", **TILES[0]}}  # the library's product is not what is tested
     with torch.no_grad(), kernels.use("require:triton", case.op), tables.forced(ours):
         leaves, extra = large.tensors(DEVICE, torch.bfloat16)

@@ -1,0 +1,338 @@
+"""Before a run: does it fit, how is it best shared out, how long does it take, and what does it cost? No torch, no GPU.
+
+Every combination of ZeRO stage, micro-batch and activation checkpointing is put through the same closed forms that a run
+is held against afterwards: memory (``fitting.py``), FLOPs (``profiling.flop_ledger``), collectives
+(``profiling.traffic``), and the time of a step (``profiling.step_time``), measured where the device was, else assumed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from longskip.engine import fitting
+from longskip.engine.config import Config, divisors
+from longskip.engine.costs import step_cost
+from longskip.engine.fitting import GIB, MARGIN, Memory, Stage
+from longskip.errors import ConfigError
+from longskip.profiling import efficiency
+from longskip.profiling.flop_ledger import flop_ledger, loss_rows, optimizer_row, rows_of
+from longskip.profiling.hardware import Device, Network
+from longskip.profiling.step_time import GPUS_PER_NODE, StepTime, step_time
+from longskip.profiling.traffic import traffic
+
+__all__ = ["Cluster", "Option", "Plan", "options", "pareto", "plan"]
+
+MOST_DEVICES = 65_536
+CHECKPOINTING = (0, 2, 1)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """``devices`` GPUs, ``per_node`` of them in a node, ``network`` between the nodes (None: one node)."""
+
+    device: Device
+    devices: int
+    per_node: int
+    network: Network | None = None
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.devices // self.per_node)
+
+    @classmethod
+    def of(cls, device: Device, devices: int, nodes: int | None, network: Network | None) -> Cluster:
+        """ConfigError for numbers that are none, or devices that do not spread evenly over the nodes."""
+        for name, value in (("--gpus", devices), ("--nodes", nodes)):
+            if value is not None and not 1 <= value <= MOST_DEVICES:
+                raise ConfigError(f"{name} {value} is outside 1..{MOST_DEVICES:,}", cure="give how many there are")
+        if nodes is None:
+            return cls(device, devices, min(devices, GPUS_PER_NODE), network)
+        if devices % nodes:
+            raise ConfigError(
+                f"{devices} GPUs do not spread evenly over {nodes} nodes", cure="give a multiple of the nodes"
+            )
+        return cls(device, devices, devices // nodes, network)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to share the run out: what it needs of a device, and the step it makes."""
+
+    stage: Stage
+    micro: int
+    accumulation: int
+    checkpointing: int
+    memory: Memory
+    fits: bool
+    step: StepTime
+
+    def overrides(self) -> list[str]:
+        """What ``longskip train`` takes to run it so."""
+        return [
+            f"deepspeed.zero_stage={self.stage}", f"train.micro_batch={self.micro}",
+            f"engine.checkpointing={self.checkpointing}",
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``best``: the option with the most images per second of those that fit, None where none does, and then ``enough`` is
+    the smallest number of devices (a power of two times those asked for) that would do. ``given``: the configuration's own
+    stage, micro-batch and checkpointing, where it names them. ``steps``, images, tokens and FLOPs are of the whole run."""
+
+    cluster: Cluster
+    options: tuple[Option, ...]
+    best: Option | None
+    given: Option | None
+    enough: int | None
+    steps: int
+    images: int
+    tokens: int
+    model_flops: int
+    six_nd: int
+    n_parameters: int
+    price_per_hour: float | None
+    currency: str
+
+    @property
+    def chosen(self) -> Option | None:
+        """What times and costs are of: the configuration's own way where it fits, else the best."""
+        return self.given if self.given is not None and self.given.fits else self.best
+
+    def seconds(self, option: Option) -> float:
+        """Of all steps, nothing but steps: no evaluation, no checkpoint, no failure."""
+        return self.steps * option.step.seconds
+
+    def device_hours(self, option: Option) -> float:
+        return self.seconds(option) * self.cluster.devices / 3600
+
+    def cost(self, option: Option) -> float | None:
+        return None if self.price_per_hour is None else self.device_hours(option) * self.price_per_hour
+
+    def kilowatt_hours(self, option: Option) -> float | None:
+        """At the boards' power limit; processors, network and cooling come on top."""
+        watts = self.cluster.device.watts
+        return None if watts is None else self.device_hours(option) * watts / 1000
+
+
+def plan(
+    config: Config,
+    cluster: Cluster,
+    *,
+    price_per_hour: float | None = None,
+    measured: efficiency.Efficiencies | None = None,
+) -> Plan:
+    """The plan of a run on a cluster; prices per device and hour go before the configuration's.
+
+    ConfigError where ``train.batch_size`` does not divide over the devices, or the device has no rate for the dtype.
+    """
+    text = config.text_encoder(config.encoders.text.vocabulary)
+    n_parameters = config.backbone().param_counts().total + (text.param_counts().total if text else 0)
+    found = options(config, cluster, n_parameters=n_parameters, measured=measured)
+    fitting_ones = [option for option in found if option.fits]
+    batch = config.batch(cluster.devices, None if config.train.micro_batch or config.train.accumulation else 1)
+    cost = step_cost(config, batch, n_parameters)
+    steps = config.train.steps
+    price = config.budget.price_per_device_hour if price_per_hour is None else price_per_hour
+    return Plan(
+        cluster=cluster,
+        options=tuple(found),
+        best=max(fitting_ones, key=lambda option: option.step.images_per_second, default=None),
+        given=_given(config, cluster, found),
+        enough=None if fitting_ones else _enough(config, cluster, n_parameters),
+        steps=steps,
+        images=steps * cost.images,
+        tokens=steps * cost.tokens,
+        model_flops=steps * cost.model_flops,
+        six_nd=steps * cost.six_nd,
+        n_parameters=n_parameters,
+        price_per_hour=price,
+        currency=config.budget.currency,
+    )
+
+
+def options(
+    config: Config, cluster: Cluster, *, n_parameters: int, measured: efficiency.Efficiencies | None = None
+) -> list[Option]:
+    """Every stage × micro-batch × checkpointing that the batch and the configuration allow, those that do not fit too."""
+    if measured is None:
+        measured = efficiency.of_device(cluster.device.name, config.train.dtype)
+    return [
+        _option(each, cluster, stage, micro, n_parameters, measured)
+        for each in _checkpointed(config)
+        for stage in _stages(config)
+        for micro in _micros(config, cluster.devices)
+    ]
+
+
+def pareto(found: Iterable[Option]) -> list[Option]:
+    """Of the options that fit those that no other beats in both memory and images per second, the fastest first."""
+    best: list[Option] = []
+    least = math.inf
+    for option in sorted(found, key=lambda o: (-o.step.images_per_second, o.memory.device)):
+        if option.fits and option.memory.device < least:
+            best.append(option)
+            least = option.memory.device
+    return best
+
+
+def _micros(config: Config, world: int) -> list[int]:
+    total = config.train.batch_size
+    if total % world:
+        raise ConfigError(
+            f"train.batch_size {total} does not divide over {world} GPUs",
+            cure=f"take one of {', '.join(map(str, divisors(total)[-8:]))} GPUs, or another batch",
+        )
+    return divisors(total // world)
+
+
+def _stages(config: Config) -> Iterator[Stage]:
+    for stage in fitting.STAGES:
+        if stage < 3 and config.deepspeed.offload_param == "cpu":
+            continue
+        if stage < 1 and config.deepspeed.offload_optimizer == "cpu":
+            continue
+        yield stage
+
+
+def _checkpointed(config: Config) -> list[Config]:
+    wanted = dict.fromkeys((*CHECKPOINTING, config.engine.checkpointing))
+    return [
+        config.model_copy(update={"engine": config.engine.model_copy(update={"checkpointing": every})})
+        for every in wanted
+    ]
+
+
+def _option(
+    config: Config,
+    cluster: Cluster,
+    stage: Stage,
+    micro: int,
+    n_parameters: int,
+    measured: efficiency.Efficiencies | None,
+) -> Option:
+    spec, world, dtype = config.backbone(), cluster.devices, config.train.dtype
+    itemsize = 2 if dtype == "bf16" else 4
+    accumulation = config.train.batch_size // (world * micro)
+    text = config.text_encoder(1)
+    needed = fitting.memory(config, stage, world=world, micro=micro, n_parameters=n_parameters)
+    height, width = spec.latent_size
+    owned = -(-n_parameters // world) if stage else n_parameters
+    ledger = flop_ledger(
+        spec,
+        batch=micro,
+        checkpointing=config.engine.checkpointing,
+        backend=_backends(config),
+        trained_text=not config.encoders.text.frozen,
+        itemsize=itemsize,
+    )
+    ledger += rows_of(text.calls(micro), itemsize=itemsize, part="text") if text else []
+    ledger += loss_rows(
+        spec.channels * height * width, micro, x_kind=config.diffusion.prediction == "x", itemsize=itemsize
+    )
+    ledger += [optimizer_row(owned, copies=2 if dtype == "bf16" else 0)]
+    trained = config.text_encoder(config.encoders.text.vocabulary)
+    collectives = traffic(
+        spec.parameters(),
+        text=trained.parameters()["embedding"] if trained else (),
+        world=world,
+        stage=stage,
+        dtype_bytes=itemsize,
+        layout=config.engine.layout,
+        accumulation=accumulation,
+        checkpointing=config.engine.checkpointing,
+        clip=config.optim.clip > 0,
+    )
+    step = step_time(
+        ledger,
+        cluster.device,
+        dtype=dtype,
+        measured=measured,
+        accumulation=accumulation,
+        world=world,
+        collectives=collectives,
+        gpus_per_node=cluster.per_node,
+        network=cluster.network,
+    )
+    fits = needed.device <= MARGIN * cluster.device.memory
+    return Option(stage, micro, accumulation, config.engine.checkpointing, needed, fits, step)
+
+
+def _backends(config: Config) -> dict[str, str]:
+    """What serves the ops as far as the configuration says; `auto` is torch's fused attention until a table is measured."""
+    asked = {op: name.removeprefix("require:") for op, name in config.kernels.by_op().items()}
+    return {op: name for op, name in asked.items() if name != "auto"}
+
+
+def _given(config: Config, cluster: Cluster, found: Sequence[Option]) -> Option | None:
+    """The option that the configuration names by its micro-batch or accumulation, and by its stage."""
+    if config.train.micro_batch is None and config.train.accumulation is None:
+        return None
+    micro = config.batch(cluster.devices).micro
+    alike = [o for o in found if o.micro == micro and o.checkpointing == config.engine.checkpointing]
+    stage = config.deepspeed.zero_stage
+    if stage == "auto":
+        return next((o for o in alike if o.fits), None)
+    return next((o for o in alike if o.stage == stage), None)
+
+
+def _enough(config: Config, cluster: Cluster, n_parameters: int) -> int | None:
+    """More devices on which stage 3, with every block checkpointed and one picture at a time, fits."""
+    frugal = _checkpointed(config)[CHECKPOINTING.index(1)]
+    world = cluster.devices
+    while (world := 2 * world) <= min(MOST_DEVICES, config.train.batch_size):
+        if config.train.batch_size % world:
+            continue
+        needed = fitting.memory(frugal, cast("Stage", 3), world=world, micro=1, n_parameters=n_parameters)
+        if needed.device <= MARGIN * cluster.device.memory:
+            return world
+    return None
+
+
+def as_json(found: Plan) -> dict[str, Any]:
+    """The plan as JSON values: sums, the chosen option in full, every option in short."""
+    cluster, chosen = found.cluster, found.chosen
+
+    def short(option: Option) -> dict[str, Any]:
+        return {
+            "zero_stage": option.stage, "micro_batch": option.micro, "accumulation": option.accumulation,
+            "checkpointing": option.checkpointing, "fits": option.fits, "memory_bytes": option.memory.device,
+            "host_bytes": option.memory.host, "seconds_per_step": option.step.seconds,
+            "images_per_second": option.step.images_per_second, "mfu": option.step.mfu, "hfu": option.step.hfu,
+            "binds": option.step.binds,
+        }  # fmt: skip
+
+    whole = None
+    if chosen is not None:
+        parts = {name: getattr(chosen.memory, name) for name in MEMORY_PARTS}
+        whole = short(chosen) | {
+            "memory": parts,
+            "seconds_by_phase": dict(chosen.step.by_phase), "seconds_by_term": dict(chosen.step.by_term),
+            "days": found.seconds(chosen) / 86400, "device_hours": found.device_hours(chosen),
+            "cost": found.cost(chosen), "kilowatt_hours": found.kilowatt_hours(chosen),
+            "overrides": chosen.overrides(), "assumptions": list(chosen.step.assumptions),
+            "measured_share": chosen.step.measured_share,
+        }  # fmt: skip
+    return {
+        "device": cluster.device.name, "devices": cluster.devices, "nodes": cluster.nodes,
+        "network": cluster.network.name if cluster.network and cluster.nodes > 1 else None,
+        "device_memory_bytes": cluster.device.memory, "usable_share": MARGIN,
+        "steps": found.steps, "images": found.images, "tokens": found.tokens, "parameters": found.n_parameters,
+        "model_flops": found.model_flops, "six_nd": found.six_nd,
+        "price_per_device_hour": found.price_per_hour, "currency": found.currency,
+        "chosen": whole, "best": short(found.best) if found.best else None,
+        "given": short(found.given) if found.given else None, "enough_devices": found.enough,
+        "options": [short(option) for option in found.options],
+        "pareto": [short(option) for option in pareto(found.options)],
+    }  # fmt: skip
+
+
+MEMORY_PARTS = ("weights", "gradients", "states", "gathered", "activations", "buffers")
+
+
+def parts_of(memory: Memory) -> str:
+    """Where a device's memory goes, in a line."""
+    return ", ".join(f"{name} {getattr(memory, name) / GIB:.1f}" for name in MEMORY_PARTS if getattr(memory, name))

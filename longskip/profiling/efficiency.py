@@ -1,0 +1,260 @@
+"""What share of a device's ceilings each op reaches: measured tables, and stated assumptions where nothing was measured.
+
+An op's ideal time is the longer of two: its arithmetic at the device's rates (contractions at the dtype's peak,
+everything else at the float32 peak) and its bytes at the memory's bandwidth. An efficiency is ideal ÷ real. A measured
+one holds for both terms; an assumed one is a share of the rates and another of the bandwidth. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from longskip.errors import ConfigError
+from longskip.kernels.formulas import OpCost
+from longskip.profiling.hardware import Device
+
+__all__ = ["ASSUMED", "Efficiencies", "Ideal", "Measured", "Share", "cache_folder", "ideal"]
+
+Direction = Literal["forward", "backward"]
+Clock = Literal["cpu", "wall"]
+DIRECTIONS: tuple[Direction, Direction] = ("forward", "backward")
+# Entries of another size say little beyond this factor in FLOPs or bytes; the prediction then names it.
+NEAR = 4.0
+_SAME = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Ideal:
+    """The shortest possible times of some work on a device, in seconds: its arithmetic and its bytes."""
+
+    compute: float
+    memory: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute, self.memory)
+
+
+def ideal(cost: OpCost, device: Device, dtype: str) -> Ideal:
+    """Contractions at the peak of ``dtype`` plus elementwise FLOPs at the float32 peak; bytes at the bandwidth."""
+    compute = cost.flops / device.peak(dtype) if cost.macs else 0.0
+    if cost.elementwise:
+        compute += cost.elementwise / device.peak("fp32")
+    return Ideal(compute, cost.bytes / device.bandwidth)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One call of an op in one direction, as measured: its sizes, its declared cost and its median seconds.
+
+    ``cpu``: processor seconds of the process, divided by its threads; ``wall``: seconds of the wall clock. On a GPU
+    both are the device's time. ``macs`` are the executed ones, a fused attention's second QKᵀ among them.
+    """
+
+    op: str
+    direction: Direction
+    sizes: Mapping[str, int]
+    macs: int
+    elementwise: int
+    bytes: int
+    cpu: float
+    wall: float
+
+    @property
+    def cost(self) -> OpCost:
+        return OpCost(self.macs, self.elementwise, self.bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Efficiencies of one op: of its arithmetic and of its bytes; ``origin`` says where they come from."""
+
+    compute: float
+    memory: float
+    origin: str
+    measured: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Assumption:
+    """Efficiencies where nothing was measured, with their reason."""
+
+    name: str
+    compute: float
+    memory: float
+    reason: str
+
+    def share(self) -> Share:
+        return Share(self.compute, self.memory, f"assumed: {self.name}", False)
+
+
+_COPY = 0.85
+_FA3 = "FlashAttention-3's figures on an H100 of 989 TFLOP/s at 512 to 4,000 tokens (arXiv 2407.08608, section 4.1)"
+ASSUMED: Mapping[str, Assumption] = {
+    assumption.name: assumption
+    for assumption in (
+        Assumption(
+            "products", 0.70, _COPY, "large bf16 products on Hopper and Ampere reach 60 to 80% of the dense peak"
+        ),
+        Assumption("attention forward, head dim up to 64", 0.40, _COPY, f"{_FA3}: 34 to 48%"),
+        Assumption("attention forward, head dim above 64", 0.55, _COPY, f"{_FA3}: 47 to 65%"),
+        Assumption("attention backward, head dim up to 64", 0.35, _COPY, f"{_FA3}: 27 to 46%"),
+        Assumption("attention backward, head dim above 64", 0.45, _COPY, f"{_FA3}: 32 to 55%"),
+        Assumption(
+            "elementwise", 0.50, _COPY, "large copies reach 85 to 93% of the bandwidth; arithmetic seldom binds"
+        ),
+    )
+}
+
+
+def assumed(op: str, direction: Direction, sizes: Mapping[str, int], contraction: bool) -> Share:
+    """The default efficiencies of an op, marked as assumed."""
+    if op.startswith("attention"):
+        wide = "above 64" if sizes.get("head_dim", 64) > 64 else "up to 64"
+        return ASSUMED[f"attention {direction}, head dim {wide}"].share()
+    return ASSUMED["products" if contraction else "elementwise"].share()
+
+
+@dataclass(frozen=True)
+class Efficiencies:
+    """Measured entries of one device and dtype.
+
+    ``overhead``: seconds that a step spends beside its ops, per call of an op (modules, autograd's bookkeeping), by
+    direction and clock. ``about``: versions, commit, date, command.
+    """
+
+    device: str
+    dtype: str
+    entries: tuple[Measured, ...] = ()
+    overhead: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def share(
+        self,
+        op: str,
+        direction: Direction,
+        sizes: Mapping[str, int],
+        cost: OpCost,
+        device: Device,
+        clock: Clock = "cpu",
+    ) -> Share | None:
+        """Of the entry with these sizes and this cost; between and beyond entries their mean, in logarithms, weighted by
+        the inverse square of the distance in FLOPs and bytes. None where the op was not measured in this direction."""
+        found = [entry for entry in self.entries if (entry.op, entry.direction) == (op, direction)]
+        if not found:
+            return None
+        same = [entry for entry in found if dict(entry.sizes) == dict(sizes) and distance(entry.cost, cost) < _SAME]
+        apart = {entry_at: distance(entry.cost, cost) for entry_at, entry in enumerate(found)}
+        factor = math.exp(min(apart.values()))
+        if same or factor - 1 < _SAME:
+            exact = (same or [entry for at, entry in enumerate(found) if apart[at] < _SAME])[0]
+            reached = self._reached(exact, device, clock)
+            return Share(reached, reached, "measured", True)
+        weights = [1 / apart[at] ** 2 for at in range(len(found))]
+        logs = [math.log(self._reached(entry, device, clock)) for entry in found]
+        reached = math.exp(sum(w * log for w, log in zip(weights, logs, strict=True)) / sum(weights))
+        return Share(reached, reached, f"measured at other sizes, {factor:.1f}× apart", factor <= NEAR)
+
+    def _reached(self, entry: Measured, device: Device, clock: Clock) -> float:
+        took: float = getattr(entry, clock)
+        return ideal(entry.cost, device, self.dtype).seconds / took
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "device": self.device,
+            "dtype": self.dtype,
+            "overhead": dict(self.overhead),
+            "about": dict(self.about),
+            "entries": [asdict(entry) | {"sizes": dict(entry.sizes)} for entry in self.entries],
+        }
+
+    def save(self, folder: Path | None = None) -> Path:
+        """Write the table into ``folder`` (default: the user's cache folder); the file's path."""
+        path = (folder or cache_folder()) / file_name(self.device, self.dtype)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.to_json(), indent=1) + "\n", "utf-8")
+        os.replace(temporary, path)
+        return path
+
+
+def distance(one: OpCost, other: OpCost) -> float:
+    """How far two costs are apart: the larger logarithm of the ratios of FLOPs and of bytes."""
+
+    def apart(a: int, b: int) -> float:
+        return abs(math.log(max(a, 1) / max(b, 1)))
+
+    def work(cost: OpCost) -> int:
+        return cost.flops + cost.elementwise
+
+    return max(apart(work(one), work(other)), apart(one.bytes, other.bytes))
+
+
+def cache_folder() -> Path:
+    """Where measured efficiencies lie: ``$XDG_CACHE_HOME/longskip/efficiency``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longskip" / "efficiency"
+
+
+def file_name(device: str, dtype: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", f"{device} {dtype}".lower()).strip("-") + ".json"
+
+
+def of_device(device: str, dtype: str, folder: Path | None = None) -> Efficiencies | None:
+    """The table that was saved for the device and dtype; None where there is none."""
+    path = (folder or cache_folder()) / file_name(device, dtype)
+    return load(path) if path.is_file() else None
+
+
+def load(path: Path) -> Efficiencies:
+    """A table from its JSON, or from what ``longskip bench kernels --out`` wrote; ConfigError for anything else."""
+    again = "make it anew: longskip bench machine, or longskip bench kernels --out on a GPU"
+    try:
+        tree = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}", cure=again) from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON: {error}", cure=again) from None
+    if not isinstance(tree, dict) or "device" not in tree or not {"entries", "rows"} & tree.keys():
+        raise ConfigError(f"{path} holds no measured efficiencies", cure=again)
+    try:
+        return _from_bench(tree) if "rows" in tree else _from_json(tree)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged: {error!r}", cure=again) from None
+
+
+def _from_json(tree: Mapping[str, Any]) -> Efficiencies:
+    entries = tuple(Measured(**entry) for entry in tree["entries"])
+    _check(entries)
+    return Efficiencies(tree["device"], tree["dtype"], entries, tree.get("overhead", {}), tree.get("about", {}))
+
+
+def _from_bench(tree: Mapping[str, Any]) -> Efficiencies:
+    """Of each case and mode the fastest of our providers: what ``auto`` takes."""
+    dtype = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[tree["dtype"]]
+    if not tree.get("claim", False):
+        raise ValueError("these times were taken without a GPU and claim nothing")
+    best: dict[tuple[str, str, str], Measured] = {}
+    for row in tree["rows"]:
+        if "ms" not in row or row["mode"] not in ("forward", "backward") or row["provider"] not in ("torch", "triton"):
+            continue
+        seconds, key = row["ms"]["median"] / 1e3, (row["op"], row["case"], row["mode"])
+        entry = Measured(row["op"], row["mode"], {}, row["flops"] // 2, 0, row["bytes"], seconds, seconds)
+        if key not in best or seconds < best[key].cpu:
+            best[key] = entry
+    _check(best.values())
+    about = {name: tree[name] for name in ("versions", "commit", "date", "command") if name in tree}
+    return Efficiencies(tree["device"], dtype, tuple(best.values()), {}, about)
+
+
+def _check(entries: Iterable[Measured]) -> None:
+    for entry in entries:
+        for seconds in (entry.cpu, entry.wall):
+            if not 0 < seconds < math.inf:
+                raise ValueError(f"{entry.op} took {seconds} seconds")

@@ -1,0 +1,384 @@
+"""Scaling laws: how many parameters and tokens a budget of C training FLOPs is best spent on, and what loss it buys.
+
+Two forms, each with the range of budgets that it was fitted on. Outside the range a law is still evaluated, and the
+answer says how far outside it is. Built in: ``2410.08184`` (diffusion transformers, the default) and ``chinchilla``
+(language models). A fit of one's own is read from the file that ``longskip budget fit --out`` writes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import yaml
+
+from longskip.errors import ConfigError
+
+Tokens = Literal["all", "image"]
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class PowerLaw:
+    """y = coefficient · x^exponent."""
+
+    coefficient: float
+    exponent: float
+
+    def __call__(self, x: float) -> float:
+        return math.exp(math.log(self.coefficient) + self.exponent * math.log(x))
+
+    def as_json(self) -> dict[str, float]:
+        return {"coefficient": self.coefficient, "exponent": self.exponent}
+
+
+@dataclass(frozen=True, slots=True)
+class Optimum:
+    """The best use of ``flops``: parameters N, tokens D, and what they buy (None where the law does not say).
+
+    ``extrapolation`` is 1 inside the law's fitted budgets; outside the factor by which C lies beyond the nearer end;
+    None where the law names no range. ``below`` says on which side.
+    """
+
+    flops: float
+    params: float
+    tokens: float
+    loss: float | None
+    fid: float | None
+    extrapolation: float | None
+    below: bool = False
+
+    @property
+    def range_note(self) -> str:
+        """How far this prediction can be trusted, as a sentence for people."""
+        if self.extrapolation is None:
+            return "the law names no range of budgets it was fitted on"
+        if self.extrapolation == 1:
+            return "inside the budgets that the law was fitted on"
+        end = "below the smallest" if self.below else "above the largest"
+        return f"extrapolation: {self.extrapolation:.3g}\N{MULTIPLICATION SIGN} {end} budget that the law was fitted on"
+
+
+class Law(Protocol):
+    """What a planner asks of a law. ``tokens`` says which D it means: all that the model processes, or image tokens."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def note(self) -> str: ...
+    @property
+    def tokens(self) -> Tokens: ...
+    @property
+    def budgets(self) -> Interval | None: ...
+
+    def optimum(self, flops: float) -> Optimum: ...
+
+    def as_json(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class FrontierLaw:
+    """Straight lines in log–log of the best N, D, loss and FID against C."""
+
+    name: str
+    source: str
+    params: PowerLaw
+    data: PowerLaw
+    loss: PowerLaw | None = None
+    fid: PowerLaw | None = None
+    budgets: Interval | None = None
+    tokens: Tokens = "all"
+    note: str = ""
+
+    def optimum(self, flops: float) -> Optimum:
+        """ConfigError for a budget that is not a positive number."""
+        flops = positive_budget(flops)
+        return Optimum(
+            flops,
+            self.params(flops),
+            self.data(flops),
+            None if self.loss is None else self.loss(flops),
+            None if self.fid is None else self.fid(flops),
+            *_outside(flops, self.budgets),
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        lines = {"params": self.params, "data": self.data, "loss": self.loss, "fid": self.fid}
+        return _head("power", self) | {key: line.as_json() for key, line in lines.items() if line is not None}
+
+
+@dataclass(frozen=True)
+class ParametricLaw:
+    """L(N, D) = E + A/N^α + B/D^β (arXiv 2203.15556, eq. 2), under C = 6ND."""
+
+    name: str
+    source: str
+    irreducible: float
+    a: float
+    alpha: float
+    b: float
+    beta: float
+    budgets: Interval | None = None
+    tokens: Tokens = "all"
+    note: str = ""
+
+    def loss(self, params: float, tokens: float) -> float:
+        """Predicted loss of N parameters after D tokens."""
+        return self.irreducible + self.a * params**-self.alpha + self.b * tokens**-self.beta
+
+    @property
+    def params_exponent(self) -> float:
+        """a of N_opt ∝ C^a: β/(α + β)."""
+        return self.beta / (self.alpha + self.beta)
+
+    def optimum(self, flops: float) -> Optimum:
+        """The closed form of arXiv 2203.15556, eq. 4: N = G·(C/6)^a, D = (C/6)^b / G, G = (αA/βB)^(1/(α+β))."""
+        flops = positive_budget(flops)
+        g = (self.alpha * self.a / (self.beta * self.b)) ** (1 / (self.alpha + self.beta))
+        params = g * (flops / 6) ** self.params_exponent
+        tokens = (flops / 6) ** (1 - self.params_exponent) / g
+        return Optimum(flops, params, tokens, self.loss(params, tokens), None, *_outside(flops, self.budgets))
+
+    def as_json(self) -> dict[str, Any]:
+        return _head("parametric", self) | {
+            "E": self.irreducible,
+            "A": self.a,
+            "alpha": self.alpha,
+            "B": self.b,
+            "beta": self.beta,
+        }
+
+
+DIT_IN_CONTEXT = FrontierLaw(
+    name="2410.08184",
+    source="arXiv 2410.08184, in-context diffusion transformers",
+    params=PowerLaw(8.9196e-4, 0.5681),  # printed rounded as 0.0009, with which C = 6ND would not hold
+    data=PowerLaw(186.8535, 0.4319),
+    loss=PowerLaw(2.3943, -0.0273),
+    fid=PowerLaw(2.2566e6, -0.234),
+    budgets=(1e17, 6e18),
+    tokens="image",
+    note="coefficient of N 8.9196e-4, so that C = 6ND holds; the printed 0.0009 is rounded. D counts image tokens",
+)
+CHINCHILLA = ParametricLaw(
+    name="chinchilla",
+    source="arXiv 2203.15556, eq. 10 (approach 3)",
+    irreducible=1.69,
+    a=406.4,
+    alpha=0.34,
+    b=410.7,
+    beta=0.28,
+    budgets=(6e18, 3e21),
+    note="fitted on language models: its loss is nats per text token and says nothing about a diffusion loss",
+)
+BUILT_IN: dict[str, Law] = {law.name: law for law in (DIT_IN_CONTEXT, CHINCHILLA)}
+LANGUAGE_LAWS = frozenset({CHINCHILLA.name})
+
+
+@dataclass(frozen=True, slots=True)
+class Exponents:
+    """Exponents of C for the best N, the best D and the loss, as printed."""
+
+    params: float
+    data: float
+    loss: float
+
+
+# The paper compares its two designs by exponents; coefficients are printed for the first alone.
+EXPONENTS_2410_08184 = {
+    "in-context": Exponents(0.56, 0.43, -0.0273),
+    "cross-attention": Exponents(0.54, 0.46, -0.0385),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingFunction:
+    """A Pareto frontier of arXiv 2404.02883: TIFA against one quantity ``of``, and the range it was drawn from."""
+
+    of: str
+    law: PowerLaw
+    fitted: Interval
+    note: str = ""
+
+    def __call__(self, x: float) -> float:
+        return self.law(x)
+
+    def extrapolation(self, x: float) -> float:
+        """1 inside the fitted range, else the factor beyond it."""
+        return float(_outside(x, self.fitted)[0] or 1.0)
+
+
+# Ranges: compute of SDXL-C128 and SDXL over the longest training (600K steps of 2048 images), sizes of the same UNets,
+# and the two data sets without and with synthetic captions.
+TIFA_2404_02883 = {
+    "compute": ScalingFunction("training GFLOPs", PowerLaw(0.47, 0.02), (2.572e11, 1.462e12)),
+    "params": ScalingFunction(
+        "millions of parameters",
+        PowerLaw(0.77, 0.011),
+        (423.971332, 2391.824644),
+        note="the paper prints the exponent 0.11; that gives 1.81 for SDXL's UNet, and TIFA is a share: it is 0.011",
+    ),
+    "data": ScalingFunction("millions of image–noun pairs", PowerLaw(0.64, 0.03), (1800.0, 7300.0)),
+}
+
+MOST_FLOPS = 1e30
+
+
+def positive_budget(flops: float) -> float:
+    """The budget as it was given; ConfigError when it is no positive number or beyond anything that is built."""
+    if not math.isfinite(flops) or flops <= 0:
+        raise ConfigError(f"a budget of {flops!r} FLOPs is not positive", cure="give training FLOPs, for example 1e21")
+    if flops > MOST_FLOPS:
+        raise ConfigError(
+            f"a budget of {flops:.3g} FLOPs is above the limit {MOST_FLOPS:.0e}",
+            cure="the largest trainings known are below 1e27; give total training FLOPs",
+        )
+    return flops
+
+
+def find_law(name: str) -> Law:
+    """The built-in law of that name, or the law in the file of that name; ConfigError with what was meant instead."""
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    if name.startswith("2410.08184"):
+        e = EXPONENTS_2410_08184["cross-attention"]
+        raise ConfigError(
+            f"law {name!r}: of 2410.08184's cross-attention design only exponents are known "
+            f"(N {e.params}, D {e.data}, loss {e.loss}), which predict nothing without coefficients",
+            cure="use --law 2410.08184 (in-context), or fit your own: longskip budget fit",
+        )
+    if name.startswith("2404.02883"):
+        raise ConfigError(
+            f"law {name!r}: 2404.02883 gives TIFA for a size, a compute or a data set, not the best size of a budget",
+            cure="every plan shows its TIFA beside the law's predictions",
+        )
+    if Path(name).suffix.lower() in (".json", ".yaml", ".yml") or Path(name).exists():
+        return load_law(name)
+    near = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.5)
+    known = f"known: {', '.join(BUILT_IN)}, or a JSON or YAML file of a fit"
+    raise ConfigError(f"unknown law {name!r}", cure=f"did you mean {near[0]!r}? {known}" if near else known)
+
+
+def load_law(path: str | os.PathLike[str]) -> Law:
+    """A law from a JSON or YAML file in the form that ``longskip budget fit --out`` writes (``as_json`` of a law).
+
+    ``form: power`` has ``params`` and ``data`` (each ``coefficient`` and ``exponent``), and may have ``loss`` and
+    ``fid``; ``form: parametric`` has ``E A alpha B beta``. Both may have ``name source note budgets: [low, high]
+    tokens: all | image``. ConfigError names the key that is missing or wrong.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text("utf-8")
+        body = json.loads(text) if file.suffix.lower() == ".json" else yaml.safe_load(text)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{file} does not exist", cure="longskip budget fit … --out FOLDER writes law.json"
+        ) from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file} cannot be read as JSON or YAML: {error}", cure="see load_law's form") from error
+    if isinstance(body, Mapping) and isinstance(body.get("law"), Mapping):
+        body = body["law"]  # the whole output of ``budget fit --json``
+    if not isinstance(body, Mapping):
+        raise ConfigError(f"{file} holds no mapping", cure="form: power or parametric, and the law's numbers")
+    reader = _Reader(file, body)
+    head: dict[str, Any] = {
+        "name": str(body.get("name", file.stem)),
+        "source": str(body.get("source", file)),
+        "note": str(body.get("note", "")),
+        "budgets": reader.budgets(),
+        "tokens": reader.choice("tokens", ("all", "image"), "all"),
+    }
+    if reader.choice("form", ("power", "parametric"), None) == "power":
+        reader.only({"params", "data", "loss", "fid"})
+        wanted = ("params", "data", *(key for key in ("loss", "fid") if key in body))
+        return FrontierLaw(**head | {key: reader.line(key) for key in wanted})
+    reader.only({"E", "A", "alpha", "B", "beta"})
+    keys = {"irreducible": "E", "a": "A", "alpha": "alpha", "b": "B", "beta": "beta"}
+    return ParametricLaw(**head | {into: reader.number(key) for into, key in keys.items()})
+
+
+_HEAD = {"form", "name", "source", "note", "budgets", "tokens"}
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads the keys of a law's file and names the file and the key in every complaint."""
+
+    file: Path
+    body: Mapping[str, Any] = field(repr=False)
+
+    def only(self, known: Iterable[str]) -> None:
+        allowed = {*known, *_HEAD}
+        for key in self.body:
+            if key not in allowed:
+                near = difflib.get_close_matches(str(key), sorted(allowed), n=1, cutoff=0.5)
+                cure = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(allowed))}"
+                raise ConfigError(f"{self.file}: unknown key {key!r}", cure=cure)
+
+    def number(self, key: str, body: Mapping[str, Any] | None = None, *, above: float | None = 0.0) -> float:
+        body = self.body if body is None else body
+        if key not in body:
+            raise ConfigError(f"{self.file}: {key!r} is missing", cure="give it as a number")
+        try:
+            value = float(body[key])  # YAML reads 1e17 as a text
+        except (TypeError, ValueError):
+            value = math.nan
+        if not math.isfinite(value) or isinstance(body[key], bool):
+            raise ConfigError(f"{self.file}: {key} = {body[key]!r} is not a finite number", cure="give a number")
+        if above is not None and value <= above:
+            raise ConfigError(f"{self.file}: {key} = {value:g} is not above {above:g}", cure="give a positive number")
+        return value
+
+    def line(self, key: str) -> PowerLaw:
+        part = self.body.get(key)
+        if not isinstance(part, Mapping):
+            raise ConfigError(f"{self.file}: {key!r} is missing or no mapping", cure="give coefficient and exponent")
+        return PowerLaw(self.number("coefficient", part), self.number("exponent", part, above=None))
+
+    def choice(self, key: str, known: tuple[str, ...], default: str | None) -> Any:
+        value = self.body.get(key, default)
+        if value not in known:
+            raise ConfigError(f"{self.file}: {key} = {value!r} is unknown", cure=f"one of {', '.join(known)}")
+        return value
+
+    def budgets(self) -> Interval | None:
+        given = self.body.get("budgets")
+        if given is None:
+            return None
+        if not isinstance(given, (list, tuple)) or len(given) != 2:
+            raise ConfigError(f"{self.file}: budgets = {given!r} is not [low, high]", cure="give two FLOP counts")
+        low, high = (self.number("budgets", {"budgets": value}) for value in given)
+        if low > high:
+            raise ConfigError(
+                f"{self.file}: budgets {low:g} to {high:g} run backwards", cure="give the lower one first"
+            )
+        return low, high
+
+
+def _head(form: str, law: Law) -> dict[str, Any]:
+    return {
+        "form": form,
+        "name": law.name,
+        "source": law.source,
+        "note": law.note,
+        "budgets": None if law.budgets is None else list(law.budgets),
+        "tokens": law.tokens,
+    }
+
+
+def _outside(x: float, fitted: Interval | None) -> tuple[float | None, bool]:
+    """The factor by which ``x`` lies outside the range (1 inside), and whether it lies below."""
+    if fitted is None:
+        return None, False
+    low, high = fitted
+    if x < low:
+        return low / x, True
+    return (x / high if x > high else 1.0), False

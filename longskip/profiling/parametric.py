@@ -1,0 +1,177 @@
+"""The parametric scaling law L(N, D) = E + A/N^α + B/D^β fitted to finished trainings (arXiv 2203.15556, approach 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from longskip.errors import ConfigError
+from longskip.profiling.fits import LEVEL, Point
+from longskip.profiling.laws import Interval, ParametricLaw, Tokens
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+
+MIN_POINTS = 8
+HUBER_DELTA = 1e-3  # arXiv 2203.15556, eq. 3
+
+_CONSTANTS = ("E", "A", "alpha", "B", "beta", "params_exponent")
+
+
+@dataclass(frozen=True)
+class ParametricFit:
+    """L(N, D) = E + A/N^α + B/D^β; ``intervals`` by names ``E A alpha B beta params_exponent``.
+
+    ``scatter`` is the root mean square of the residuals of ln L; ``starts`` how many starts were descended from.
+    """
+
+    law: ParametricLaw
+    intervals: dict[str, Interval]
+    scatter: float
+    starts: int
+    points: tuple[Point, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "form": "parametric",
+            "points": len(self.points),
+            "law": self.law.as_json(),
+            "params_exponent": self.law.params_exponent,
+            "intervals": {name: list(pair) for name, pair in self.intervals.items()},
+            "level": LEVEL,
+            "scatter": self.scatter,
+            "starts": self.starts,
+        }
+
+
+def fit_parametric(
+    points: Iterable[Point], *, tokens: Tokens = "all", seed: int = 0, resamples: int = 200
+) -> ParametricFit:
+    """L(N, D) by the Huber loss (δ = 1e-3) of ln L, L-BFGS over a grid of starts (2203.15556, approach 3).
+
+    The grid is laid about the data's own means; the best starts of it are descended from, and the lowest end counts.
+    Intervals are percentiles over resampled points. ConfigError below 8 points or 3 sizes or 3 token counts, where N and
+    D go together so closely that their terms cannot be told apart, or where the loss falls with only one of them.
+    """
+    import numpy as np
+
+    points = tuple(points)
+    sizes, seen = {point.params for point in points}, {point.tokens for point in points}
+    if len(points) < MIN_POINTS or len(sizes) < 3 or len(seen) < 3:
+        raise ConfigError(
+            f"the parametric form has 5 numbers and needs {MIN_POINTS} points with 3 sizes and 3 token counts; got "
+            f"{len(points)} points, {len(sizes)} sizes, {len(seen)} token counts",
+            cure="add trainings of other sizes and lengths",
+        )
+    x, z, y = (np.log([getattr(point, name) for point in points]) for name in ("params", "tokens", "loss"))
+    correlation = float(np.corrcoef(x, z)[0, 1])
+    if abs(correlation) > 0.999:
+        raise ConfigError(
+            f"N and D go together (correlation of their logarithms {correlation:.4f}): the terms A/N^α and B/D^β "
+            "cannot be told apart",
+            cure="train one size for several lengths, and one length with several sizes",
+        )
+    problem = _Parametric(x, z, y)
+    starts = problem.starts()
+    ends = [problem.descend(start) for start in starts]
+    best, _ = min(ends, key=lambda end: end[1])
+    if not (0 < best[3] < 20 and 0 < best[4] < 20):
+        raise ConfigError(
+            f"the fit ends at α = {best[3]:.3g}, β = {best[4]:.3g}: the loss does not fall with both N and D",
+            cure="widen the range of sizes and token counts, or look for diverged trainings among the points",
+        )
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(resamples):
+        chosen = rng.integers(0, len(points), len(points))
+        if len({points[i].params for i in chosen}) >= 3 and len({points[i].tokens for i in chosen}) >= 3:
+            resampled = _Parametric(x[chosen], z[chosen], y[chosen], centres=problem.centres)
+            rows.append(problem.constants(resampled.descend(best)[0]))
+    tails = 100 * (1 - LEVEL) / 2
+    low, high = np.percentile(np.asarray(rows), [tails, 100 - tails], axis=0)
+    e, a, alpha, b, beta, _ = problem.constants(best)
+    c = sorted(point.flops for point in points)
+    law = ParametricLaw(
+        "fit", "your own fit, parametric form", e, a, alpha, b, beta, budgets=(c[0], c[-1]), tokens=tokens
+    )
+    return ParametricFit(
+        law,
+        {name: (float(low[i]), float(high[i])) for i, name in enumerate(_CONSTANTS)},
+        float(np.sqrt(np.mean(problem.residuals(best) ** 2))),
+        len(starts),
+        points,
+    )
+
+
+class _Parametric:
+    """min over θ = (u, v, e, α, β) of Σ huber(logsumexp(u − αx, v − βz, e) − ln L), x and z about their means."""
+
+    def __init__(self, x: Array, z: Array, y: Array, centres: tuple[float, float] | None = None) -> None:
+        self.centres = centres or (float(x.mean()), float(z.mean()))
+        self.x, self.z, self.y = x - self.centres[0], z - self.centres[1], y
+
+    def residuals(self, theta: Array) -> Array:
+        return self._terms(theta)[0] - self.y
+
+    def _terms(self, theta: Array) -> tuple[Array, Array]:
+        """ln of the prediction (n,), and the three terms' shares of it (3, n)."""
+        import numpy as np
+
+        u, v, e, alpha, beta = theta
+        parts = np.stack([u - alpha * self.x, v - beta * self.z, np.full_like(self.x, e)])
+        top = parts.max(axis=0)
+        grown = np.exp(parts - top)
+        total = grown.sum(axis=0)
+        return top + np.log(total), grown / total
+
+    def value(self, theta: Array) -> tuple[float, Array]:
+        """The objective over δ², so that its size is of order 1 for good fits, and its gradient."""
+        import numpy as np
+
+        predicted, shares = self._terms(theta)
+        r = (predicted - self.y) / HUBER_DELTA
+        small = np.abs(r) <= 1
+        total = float(np.where(small, 0.5 * r * r, np.abs(r) - 0.5).sum())
+        pull = np.clip(r, -1, 1) / HUBER_DELTA
+        a, b, e = pull * shares
+        return total, np.array([a.sum(), b.sum(), e.sum(), -(a * self.x).sum(), -(b * self.z).sum()])
+
+    def starts(self, keep: int = 16) -> list[Array]:
+        """The best of a grid over how the mean loss is shared among the three terms, and over both exponents."""
+        import itertools
+
+        import numpy as np
+
+        level = float(self.y.mean())
+        shares, constant, exponents = np.log([0.02, 0.1, 0.4]), np.log([0.1, 0.5, 0.9]), (0.1, 0.3, 0.6, 1.0)
+        grid = [
+            np.array([level + u, level + v, level + e, alpha, beta])
+            for u, v, e, alpha, beta in itertools.product(shares, shares, constant, exponents, exponents)
+        ]
+        return sorted(grid, key=lambda theta: self.value(theta)[0])[:keep]
+
+    def descend(self, theta: Array) -> tuple[Array, float]:
+        from scipy.optimize import minimize
+
+        for _ in range(4):  # a new start clears the memory of curvature where the valley has bent
+            found = minimize(
+                self.value, theta, jac=True, method="L-BFGS-B",
+                options={"maxiter": 2000, "maxfun": 4000, "ftol": 1e-15, "gtol": 1e-9, "maxcor": 20},
+            )  # fmt: skip
+            moved, theta = abs(found.x - theta).max(), found.x
+            if moved < 1e-7:
+                break
+        return theta, float(found.fun)
+
+    def constants(self, theta: Array) -> tuple[float, ...]:
+        """E, A, α, B, β and β/(α + β)."""
+        import numpy as np
+
+        u, v, e, alpha, beta = (float(value) for value in theta)
+        with np.errstate(over="ignore"):
+            a, b = np.exp(u + alpha * self.centres[0]), np.exp(v + beta * self.centres[1])
+        return float(np.exp(e)), float(a), alpha, float(b), beta, beta / (alpha + beta)

@@ -1,0 +1,346 @@
+"""The time of a training step before it is run: a roofline per op, communication, and which term binds (no torch).
+
+Per call of an op, with the device's rates and the efficiencies that the op reaches (``efficiency.py``):
+
+    seconds = max(FLOPs / (rate · compute efficiency), bytes / (bandwidth · memory efficiency)) + launch overhead
+
+A step is ``accumulation`` times (forward, loss, backward, recomputation), then the collectives as far as they are not
+hidden behind the passes, then the optimizer. Measured efficiencies go before assumed ones; every assumption that the
+result rests on is named in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+from longskip.errors import ConfigError
+from longskip.kernels.formulas import OpCost
+from longskip.profiling.efficiency import ASSUMED, Clock, Direction, Efficiencies, Share, assumed, ideal
+from longskip.profiling.flop_ledger import FlopLedger, Row
+from longskip.profiling.hardware import Device, Network
+
+__all__ = ["GPUS_PER_NODE", "Communication", "OpTime", "Sent", "StepTime", "step_time"]
+
+Term = Literal["compute", "memory", "launch", "network"]
+Phase = Literal["forward", "backward", "recompute", "optimizer"]
+TERMS: tuple[Term, ...] = ("compute", "memory", "launch", "network")
+GPUS_PER_NODE = 8
+
+LAUNCH = 4e-6  # seconds between two kernels of one stream
+WIRE = 0.80  # of a link's or network's rate
+MESSAGE = 3e-5  # seconds that a collective takes beside its bytes
+OVERLAP = 0.80  # of what may run beside the passes
+_REASONS = {
+    "launch": f"{LAUNCH * 1e6:.0f} µs between two kernels, two kernels for the backward of a product",
+    "wire": f"collectives reach {WIRE:.0%} of the slower of link and network; a collective takes {MESSAGE * 1e6:.0f} µs "
+    "beside its bytes",
+    "overlap": f"{OVERLAP:.0%} of what may run beside the passes is hidden behind them",
+}
+
+
+class Sent(Protocol):
+    """One row of ``profiling.traffic``: ``count`` collectives for one purpose."""
+
+    @property
+    def count(self) -> int: ...
+    @property
+    def why(self) -> str: ...
+    def wire_bytes(self, world: int) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class OpTime:
+    """One op in one phase: ``calls`` calls of it in a step, and their ``seconds`` in all.
+
+    ``compute`` and ``memory`` are the two terms at the efficiencies reached, ``launch`` the overhead, each of all calls.
+    ``binds``: the longest of the three. ``origin``: where the efficiencies come from.
+    """
+
+    phase: Phase
+    name: str
+    op: str
+    unit: str
+    calls: int
+    seconds: float
+    compute: float
+    memory: float
+    launch: float
+    binds: Term
+    origin: str
+
+    @property
+    def compute_bound(self) -> bool:
+        """Whether arithmetic takes longer than bytes."""
+        return self.compute >= self.memory
+
+
+@dataclass(frozen=True, slots=True)
+class Communication:
+    """Collectives of one purpose in a step: seconds on the wire, and those that no pass hides."""
+
+    why: str
+    count: int
+    bytes: float
+    seconds: float
+    exposed: float
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A predicted optimizer step of one device; seconds.
+
+    ``by_phase`` and ``by_term`` sum to ``seconds``. ``binds``: the term with the largest sum. ``mfu`` and ``hfu`` are None
+    for a device whose rates are no datasheet's. ``assumptions``: what was not measured, a sentence each.
+    ``measured_share``: of the ops' seconds, how many rest on measured efficiencies.
+    """
+
+    device: str
+    dtype: str
+    accumulation: int
+    world: int
+    ops: tuple[OpTime, ...]
+    communication: tuple[Communication, ...]
+    by_phase: Mapping[str, float]
+    by_term: Mapping[Term, float]
+    seconds: float
+    images: int
+    model_flops: int
+    hardware_flops: int
+    mfu: float | None
+    hfu: float | None
+    measured_share: float
+    assumptions: tuple[str, ...]
+
+    @property
+    def binds(self) -> Term:
+        return max(TERMS, key=lambda term: self.by_term[term])
+
+    @property
+    def images_per_second(self) -> float:
+        """Over all devices."""
+        return self.images / self.seconds
+
+    def to_json(self) -> dict[str, Any]:
+        tree = asdict(self)
+        return tree | {"binds": self.binds, "images_per_second": self.images_per_second}
+
+
+def step_time(
+    ledger: FlopLedger,
+    device: Device,
+    *,
+    dtype: str = "bf16",
+    measured: Efficiencies | None = None,
+    clock: Clock = "cpu",
+    accumulation: int = 1,
+    world: int = 1,
+    collectives: Iterable[Sent] = (),
+    gpus_per_node: int = GPUS_PER_NODE,
+    network: Network | None = None,
+    overlap: float | None = None,
+    launch: float | None = None,
+) -> StepTime:
+    """Predict the step of ``ledger``: one micro-batch of one device, with a loss row and an optimizer row where they are
+    to count (``profiling.flop_ledger``; the optimizer's over this rank's share of the parameters).
+
+    ``dtype``: the contractions'. ``measured``: efficiencies of this device and dtype, ``clock`` which of their times.
+    ``accumulation``: micro-steps; ``collectives``: those of the whole step (``profiling.traffic``) of ``world`` ranks,
+    ``gpus_per_node`` of them in a node and ``network`` between nodes. ``overlap``: the share of the gathers of weights and
+    of the reductions of gradients that runs beside the passes; ``launch``: seconds of overhead per call. None takes the
+    measured value or the assumption. ConfigError for impossible numbers, a dtype without a rate, a link or network that
+    is not known, efficiencies of another dtype.
+    """
+    _check(accumulation, world, gpus_per_node, overlap, launch)
+    if measured is not None and measured.dtype != dtype:
+        raise ConfigError(
+            f"efficiencies were measured in {measured.dtype}, the step is in {dtype}", cure="measure them in this dtype"
+        )
+    device.peak(dtype)
+    clockwork = _Clockwork(device, dtype, measured, clock, launch)
+    ops: list[OpTime] = []
+    for row in ledger.rows:
+        ops += clockwork.times(row, 1 if row.part == "optimizer" else accumulation)
+    passes = sum(op.seconds for op in ops if op.phase != "optimizer")
+    sent, reasons = _communication(tuple(collectives), device, world, gpus_per_node, network, overlap, passes)
+    exposed = sum(part.exposed for part in sent)
+    seconds = sum(op.seconds for op in ops) + exposed
+    if not seconds:
+        raise ConfigError("the ledger has no rows: there is nothing to predict", cure="give it a model's")
+    by_phase = {phase: sum(op.seconds for op in ops if op.phase == phase) for phase in _PHASES}
+    model, hardware = ledger.model_flops * accumulation, ledger.hardware_flops * accumulation
+    peak = None if device.measured else device.peak(dtype) * seconds
+    return StepTime(
+        device=device.name,
+        dtype=dtype,
+        accumulation=accumulation,
+        world=world,
+        ops=tuple(ops),
+        communication=sent,
+        by_phase=by_phase | {"communication": exposed},
+        by_term=_by_term(ops) | {"network": exposed},
+        seconds=seconds,
+        images=ledger.batch * accumulation * world,
+        model_flops=model,
+        hardware_flops=hardware,
+        mfu=None if peak is None else model / peak,
+        hfu=None if peak is None else hardware / peak,
+        measured_share=clockwork.measured_seconds / max(sum(op.seconds for op in ops), 1e-300),
+        assumptions=(*clockwork.assumptions(), *reasons),
+    )
+
+
+_PHASES: tuple[Phase, ...] = ("forward", "backward", "recompute", "optimizer")
+
+
+def _by_term(ops: Iterable[OpTime]) -> dict[Term, float]:
+    """Seconds by the term that decides them; launch overhead stands apart, also where it does not decide."""
+    sums: dict[Term, float] = dict.fromkeys(TERMS, 0.0)
+    for op in ops:
+        sums["launch"] += op.launch
+        sums["compute" if op.compute_bound else "memory"] += op.seconds - op.launch
+    return sums
+
+
+class _Clockwork:
+    """Turns rows into seconds, and remembers what it had to assume."""
+
+    def __init__(
+        self, device: Device, dtype: str, measured: Efficiencies | None, clock: Clock, launch: float | None
+    ) -> None:
+        self.device, self.dtype, self.measured, self.clock, self.launch = device, dtype, measured, clock, launch
+        self.measured_seconds = 0.0
+        self._assumed: dict[str, None] = {}
+        self._far: dict[str, None] = {}
+
+    def times(self, row: Row, repeats: int) -> list[OpTime]:
+        """The row's phases; a unit's costs are the row's, shared out evenly."""
+        units = len(row.units)
+        backward = row.backward + OpCost(row.repeated_macs)
+        phases: tuple[tuple[Phase, Direction, OpCost], ...] = (
+            ("optimizer" if row.part == "optimizer" else "forward", "forward", row.forward),
+            ("recompute", "forward", row.recomputed),
+            ("backward", "backward", backward),
+        )
+        found = []
+        for phase, direction, cost in phases:
+            if cost != OpCost():
+                one, known = _part(cost, units), _part(row.forward if direction == "forward" else backward, units)
+                found.append(self._time(row, phase, direction, one, known, units * repeats))
+        return found
+
+    def _time(self, row: Row, phase: Phase, direction: Direction, cost: OpCost, known: OpCost, calls: int) -> OpTime:
+        share = self._share(row, direction, known)
+        best = ideal(cost, self.device, self.dtype)
+        compute, memory = best.compute / share.compute if best.compute else 0.0, best.memory / share.memory
+        launch = self._launch(direction, cost)
+        longest = max(compute, memory)
+        if share.measured:
+            self.measured_seconds += calls * (longest + launch)
+        binds: Term = "launch" if launch > longest else "compute" if compute >= memory else "memory"
+        return OpTime(
+            phase, row.name, row.op, row.kind, calls, calls * (longest + launch), calls * compute, calls * memory,
+            calls * launch, binds, share.origin,
+        )  # fmt: skip
+
+    def _share(self, row: Row, direction: Direction, cost: OpCost) -> Share:
+        if self.measured is not None:
+            found = self.measured.share(row.op, direction, row.sizes, cost, self.device, self.clock)
+            if found is not None:
+                if not found.measured:
+                    self._far[f"{row.op} {direction}: {found.origin}"] = None
+                return found
+        found = assumed(row.op, direction, row.sizes, bool(cost.macs))
+        self._assumed[found.origin.removeprefix("assumed: ")] = None
+        return found
+
+    def _launch(self, direction: Direction, cost: OpCost) -> float:
+        if self.launch is not None:
+            return self.launch
+        if self.measured is not None and direction in self.measured.overhead:
+            return self.measured.overhead[direction][self.clock]
+        self._assumed["launch"] = None
+        return LAUNCH * (2 if direction == "backward" and cost.macs else 1)
+
+    def assumptions(self) -> list[str]:
+        """A sentence for everything that was not measured, in the order in which it was needed."""
+        found = []
+        for name in self._assumed:
+            if name == "launch":
+                found.append(_REASONS[name])
+            else:
+                rule = ASSUMED[name]
+                found.append(
+                    f"{name}: {rule.compute:.0%} of the peak, {rule.memory:.0%} of the bandwidth; {rule.reason}"
+                )
+        return found + [f"{line}, used as it is" for line in self._far]
+
+
+def _part(cost: OpCost, units: int) -> OpCost:
+    return OpCost(cost.macs // units, cost.elementwise // units, cost.bytes // units)
+
+
+def _communication(
+    collectives: Sequence[Sent],
+    device: Device,
+    world: int,
+    gpus_per_node: int,
+    network: Network | None,
+    overlap: float | None,
+    passes: float,
+) -> tuple[tuple[Communication, ...], list[str]]:
+    """Seconds of each row, and what of it the passes do not hide; assumptions."""
+    if world == 1 or not collectives:
+        return (), []
+    rate = _rate(device, world, gpus_per_node, network) * WIRE
+    took = [row.wire_bytes(world) / rate + row.count * MESSAGE for row in collectives]
+    beside = [_beside(row.why) for row in collectives]
+    share = OVERLAP if overlap is None else overlap
+    wanted = sum(seconds for seconds, may in zip(took, beside, strict=True) if may) * share
+    fits = share * min(1.0, passes / wanted) if wanted else 0.0  # no more is hidden than the passes last
+    found = tuple(
+        Communication(row.why, row.count, row.wire_bytes(world), seconds, seconds * (1 - fits) if may else seconds)
+        for row, seconds, may in zip(collectives, took, beside, strict=True)
+    )
+    return found, [_REASONS["wire"], *([_REASONS["overlap"]] if overlap is None and any(beside) else [])]
+
+
+def _beside(why: str) -> bool:
+    """Whether collectives of this purpose may run beside the passes: gathers of weights for a pass, gradients."""
+    return why == "gradients" or why.startswith("weights,")
+
+
+def _rate(device: Device, world: int, gpus_per_node: int, network: Network | None) -> float:
+    """Bytes/s that each rank's share of a ring's traffic passes at.
+
+    Rings are laid so that each leaves a node by another port: the ports of a node together carry what one rank sends.
+    """
+    inside = min(world, gpus_per_node)
+    rates = []
+    if inside > 1:
+        if device.link is None:
+            raise ConfigError(
+                f"{device.name}: no link between the devices of a node is known",
+                cure="give link_gb_s and link_name in a hardware file (--hardware)",
+            )
+        rates.append(float(device.link))
+    if world > gpus_per_node:
+        if network is None:
+            raise ConfigError(
+                f"{world} ranks of {gpus_per_node} a node: the network between the nodes is not known",
+                cure="name it: --network ndr",
+            )
+        rates.append(network.per_gpu(inside) * inside)
+    return min(rates)
+
+
+def _check(accumulation: int, world: int, gpus_per_node: int, overlap: float | None, launch: float | None) -> None:
+    for name, value in (("accumulation", accumulation), ("world", world), ("gpus_per_node", gpus_per_node)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} = {value!r}", cure="give a whole number of at least 1")
+    if overlap is not None and not 0 <= overlap <= 1:
+        raise ConfigError(f"overlap = {overlap}", cure="give a share from 0 (nothing hidden) to 1")
+    if launch is not None and not 0 <= launch < math.inf:
+        raise ConfigError(f"launch = {launch}", cure="give seconds of at least 0")

@@ -5,6 +5,8 @@ Exit codes of the command line: 0 done, 1 failed, 2 usage or configuration, 75 s
 
 from __future__ import annotations
 
+from typing import Any
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -25,6 +27,17 @@ class LongskipError(Exception):
         self.message = message
         self.cure = cure
         super().__init__(f"{message}\n  cure: {cure}" if cure else message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Between processes an error is what it was, whatever its constructor takes."""
+        return _as_it_was, (type(self), self.args, self.__dict__)
+
+
+def _as_it_was(kind: type[LongskipError], arguments: tuple[Any, ...], state: dict[str, Any]) -> LongskipError:
+    error = kind.__new__(kind, *arguments)
+    error.args = arguments
+    error.__dict__.update(state)
+    return error
 
 
 class ConfigError(LongskipError):

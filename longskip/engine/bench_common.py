@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import platform
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 
 from longskip.engine.runs import environment
 from longskip.profiling.bench_timing import spread
+from longskip.profiling.hardware import processor
 
 __all__ = ["VERDICTS", "about", "commit", "cores", "machine", "page", "save", "shown", "spread", "table"]
 
@@ -73,19 +72,11 @@ def machine(*packages: str) -> dict[str, Any]:
     """The device, its cores, and the versions of longskip, Python and these packages."""
     made_of = environment()
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "cores": cores(),
         "versions": {"longskip": made_of["longskip"], "python": made_of["python"]}
         | {name: made_of["packages"][name] for name in packages},
     }
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def commit() -> str:

@@ -279,7 +279,10 @@ def cells(result: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[list[str
 
 def distance(row: Mapping[str, Any]) -> str:
     """The error as text; 0 is said of equal integers alone."""
-    return "0" if row["flops"] == row["exact"] else f"{row['error_percent']:+.2f}%"
+    if row["flops"] == row["exact"]:
+        return "0"
+    percent = row["error_percent"]
+    return f"{percent:+.2f}%" if abs(percent) >= 0.01 else f"{percent:+.1g}%"
 
 
 def title_of(model: Mapping[str, Any]) -> str:

@@ -14,7 +14,6 @@ import os
 import tempfile
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from longskip.engine import bench_rivals
 from longskip.engine.bench_common import VERDICTS, about, cores, page, shown, spread, table
@@ -38,6 +36,7 @@ from longskip.engine.distributed import World, barrier, import_deepspeed, join
 from longskip.engine.inputs import Inputs
 from longskip.engine.ports import free_port
 from longskip.engine.prepare import prepare
+from longskip.engine.trace import Trace
 from longskip.errors import ConfigError, LongskipError
 
 WARM_UP = 3  # ZeRO-3 learns the order of the modules in its first step and prefetches from the second on
@@ -179,19 +178,6 @@ def _config(contender: Contender, data: Path, *, preset: str, depth: int, width:
 # -- in the ranks ------------------------------------------------------------------------------------------------------
 
 
-class Collectives(TorchDispatchMode):
-    """Counts the calls that reach torch's process groups, whoever makes them and through whatever function."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if op.namespace == "c10d":
-            self.calls[op._schema.name.removeprefix("c10d::").strip("_")] += 1
-        return op(*args, **(kwargs or {}))
-
-
 def measure(contender: Contender, config: Config, steps: int, folder: Path) -> None:
     """In a rank: take ``WARM_UP + steps + COUNTED`` steps and leave the rank's figures in ``folder``."""
     world = join()
@@ -204,9 +190,9 @@ def measure(contender: Contender, config: Config, steps: int, folder: Path) -> N
     losses += [step(batch) for batch in batches[WARM_UP:-COUNTED]]
     _synchronize(world)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    with Collectives() as counted:
+    with Trace() as counted:
         losses += [step(batch) for batch in batches[-COUNTED:]]
-    calls = {kind: count / COUNTED for kind, count in sorted(counted.calls.items())}
+    calls = {kind: count / COUNTED for kind, count in sorted(counted.by_op().items())}
     record = {"wall_ms": 1e3 * wall / steps, "cpu_ms": 1e3 * cpu / steps, "calls": calls, "losses": losses}
     (folder / f"rank-{world.rank}.json").write_text(json.dumps(record), "utf-8")
 

@@ -1,15 +1,20 @@
-"""What a rank needs in memory at each ZeRO stage, and the smallest stage that fits (no torch)."""
+"""What a rank needs in memory at each ZeRO stage, and the smallest stage that fits (no torch).
+
+The arithmetic is ``profiling.memory``; here are the configuration's words for it, and the decision.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any
 
 from longskip.engine.config import Config
-from longskip.engine.partition import ALIGN
 from longskip.errors import ConfigError
+from longskip.models.specs import TextEncoderSpec
+from longskip.profiling import traffic
+from longskip.profiling.memory import RankMemory, Stage, rank_memory
+from longskip.profiling.traffic import Zero
 
-Stage = Literal[0, 1, 2, 3]
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
 MARGIN = 0.9  # of the free memory: workspaces, fragmentation and the process itself are not in the sums
 MIB, GIB = 1 << 20, 1 << 30
@@ -22,12 +27,13 @@ def readable(n_bytes: int) -> str:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank, on its device and in host memory.
+    """Bytes of one rank at its worst moment, on its device and in host memory.
 
-    ``weights``, ``gradients`` and ``states`` (fp32 masters beside bf16 weights, Adam's moments, the EMA) as the stage
-    shares them out (1910.02054); ``gathered``: the largest unit and its prefetched successor at stage 3;
-    ``activations``: what autograd keeps at the micro-batch; ``buffers``: DeepSpeed's reduction bucket. Validation and
-    samples keep less than a step: no more pictures at a time, no gradients, no second copy of the weights.
+    ``weights``, ``gradients`` and ``states`` (fp32 masters, Adam's moments, the EMA) as the stage shares them out
+    (1910.02054); ``gathered``: what stage 3 has gathered; ``activations``: of the micro-batch, with the gradients that its
+    derivatives make; ``buffers``: what DeepSpeed reduces, joins and converts. Which of them are large depends on which
+    moment is the worst: the backward pass, the reduction of gradients or the optimizer's step (``profiling.memory``).
+    Validation and samples keep less than a step: no more pictures at a time, no gradients, no second copy of the weights.
     """
 
     weights: int
@@ -43,31 +49,57 @@ class Memory:
         return self.weights + self.gradients + self.states + self.gathered + self.activations + self.buffers
 
 
-def memory(config: Config, stage: Stage, *, world: int, micro: int, n_parameters: int) -> Memory:
-    """The estimate for one of ``world`` ranks at micro-batch ``micro``."""
-    spec = config.backbone()
-    size = 2 if config.train.dtype == "bf16" else 4
-    share = -(-n_parameters // world)
-    largest = max(sum(p.numel for p in unit) for unit in spec.parameters().values())
-    weights = size * (share if stage == 3 else n_parameters)
-    gradients = size * (share if stage >= 2 else n_parameters)
-    owned = share if stage >= 1 else n_parameters
-    adam = owned * (8 + (4 if size == 2 else 0))
-    ema = owned * 4
-    host = 0
-    if config.deepspeed.offload_optimizer == "cpu":
-        host, adam = host + adam + 4 * owned, 0  # with the gradients that the step on the host reads
-    if config.deepspeed.offload_param == "cpu":
-        host, weights = host + weights, 0
-    if config.engine.ema_device == "cpu" or config.deepspeed.offload_optimizer == "cpu":
-        host, ema = host + ema, 0
-    sizes = [(bucket[0] // config.factor, bucket[1] // config.factor) for bucket in config.buckets] or [
-        spec.latent_size
-    ]
-    activations = max(spec.saved_bytes(micro, size, config.engine.checkpointing, each).peak for each in sizes)
-    gathered = 2 * largest * size if stage == 3 else 0
-    buffers = size * reduce_bucket(config, n_parameters) if stage else 0
-    return Memory(weights, gradients, adam + ema, gathered, activations, buffers, host)
+def memory(config: Config, stage: Stage, *, world: int, micro: int, n_parameters: int, overlap: bool = True) -> Memory:
+    """The estimate for the one of ``world`` ranks that needs the most, at micro-batch ``micro``, of the largest bucket.
+
+    ``overlap``: DeepSpeed overlaps communication, as the engine asks for on GPUs.
+    """
+    found = ranks_memory(config, stage, world=world, micro=micro, n_parameters=n_parameters, overlap=overlap)
+    worst = found.worst
+    return Memory(
+        worst.weights, worst.gradients, worst.states, worst.gathered, worst.activations, worst.buffers, found.host
+    )
+
+
+def ranks_memory(
+    config: Config, stage: Stage, *, world: int, micro: int, n_parameters: int, overlap: bool = True
+) -> RankMemory:
+    """The same in full: every part, every moment."""
+    accumulation = max(1, config.train.batch_size // (world * micro))
+    sizes: list[tuple[int, int] | None] = [(h // config.factor, w // config.factor) for h, w in config.buckets]
+    shape = shape_of(config, _words(config, n_parameters), accumulation=accumulation)
+    zero = Zero(overlap=overlap)
+    every = (
+        rank_memory(**shape, world=world, stage=stage, micro=micro, latent_size=size, zero=zero)
+        for size in sizes or [None]
+    )
+    return max(every, key=lambda found: found.peak)
+
+
+def shape_of(config: Config, words: int, *, accumulation: int) -> dict[str, Any]:
+    """What ``rank_memory`` takes from a configuration and its vocabulary of ``words``, whatever the ranks and the stage."""
+    offload = config.deepspeed
+    return {
+        "spec": config.backbone(),
+        "text": config.text_encoder(words),
+        "dtype_bytes": 2 if config.train.dtype == "bf16" else 4,
+        "layout": config.engine.layout,
+        "accumulation": accumulation,
+        "checkpointing": config.engine.checkpointing,
+        "prediction": "v" if config.diffusion.prediction == "v" else "x",
+        "offload_optimizer": offload.offload_optimizer == "cpu",
+        "offload_weights": offload.offload_param == "cpu",
+        "ema_on_host": config.engine.ema_device == "cpu",
+    }
+
+
+def _words(config: Config, n_parameters: int) -> int:
+    """The vocabulary of a model of ``n_parameters``, whose table of word vectors may be of any length."""
+    encoder = config.text_encoder(1)
+    if encoder is None:
+        return 0
+    rest = n_parameters - config.backbone().param_counts().total - encoder.param_counts().by_part["layers"]
+    return max(1, rest // encoder.width)
 
 
 def reduce_bucket(config: Config, n_parameters: int) -> int:
@@ -75,18 +107,9 @@ def reduce_bucket(config: Config, n_parameters: int) -> int:
 
     A bucket that is smaller by the flat layout's padding alone would be emptied twice a step. It is allocated whole.
     """
-    flat = config.engine.layout == "flat"
-
-    def stored(numel: int) -> int:
-        return numel + -numel % ALIGN if flat else numel
-
-    backbone = config.backbone()
-    units = [sum(stored(spec.numel) for spec in unit) for unit in backbone.parameters().values()]
-    encoder = config.text_encoder(1)
-    layers = [spec.numel for spec in encoder.parameters()["embedding"][1:]] if encoder else []
-    table = max(0, n_parameters - backbone.param_counts().total - sum(layers))  # of word vectors, of any length
-    text = stored(table) + sum(map(stored, layers))
-    return max(*units, min(int(5e8), sum(units) + text))
+    encoder: TextEncoderSpec | None = config.text_encoder(_words(config, n_parameters))
+    text = encoder.parameters()["embedding"] if encoder else ()
+    return traffic.reduce_bucket(config.backbone().parameters(), text=text, layout=config.engine.layout)
 
 
 @dataclass(frozen=True)
@@ -109,21 +132,22 @@ class Free:
 def choose_stage(config: Config, *, world: int, micro: int, n_parameters: int, free: Free) -> Stage:
     """The smallest stage whose estimate ``free`` holds, with room to spare.
 
-    Raises ConfigError naming what stage 3 would need when none does.
+    Raises ConfigError naming the stage that would need the least when none does.
     """
-    needed = None
+    overlap = free.host is not None
+    found: dict[Stage, Memory] = {}
     for stage in STAGES:
         if stage < 3 and config.deepspeed.offload_param == "cpu":
             continue
         if stage < 1 and config.deepspeed.offload_optimizer == "cpu":
             continue
-        needed = memory(config, stage, world=world, micro=micro, n_parameters=n_parameters)
-        if free.holds(needed):
-            return cast("Stage", stage)
-    assert needed is not None
+        found[stage] = memory(config, stage, world=world, micro=micro, n_parameters=n_parameters, overlap=overlap)
+        if free.holds(found[stage]):
+            return stage
+    least = min(found, key=lambda stage: found[stage].device + (0 if overlap else found[stage].host))
     raise ConfigError(
-        f"deepspeed.zero_stage auto: even stage 3 on {world} rank(s) needs {readable(needed.device)} a rank "
-        f"and {readable(needed.host)} of host memory; free are {free}, of which {MARGIN:.0%} may be used",
+        f"deepspeed.zero_stage auto: even stage {least} on {world} rank(s) needs {readable(found[least].device)} a rank "
+        f"and {readable(found[least].host)} of host memory; free are {free}, of which {MARGIN:.0%} may be used",
         cure="more ranks, a smaller train.micro_batch, engine.checkpointing: 1, dtype bf16, engine.ema_device: cpu or "
         "deepspeed.offload_optimizer: cpu",
     )

@@ -24,6 +24,7 @@ from longskip.engine.metrics import Metrics
 from longskip.engine.optim import AdamW, ema_decay, learning_rate
 from longskip.engine.runs import RunFolder, append_json, tolerant
 from longskip.engine.shards import Shards
+from longskip.engine.trace import Waits, waits_on
 from longskip.engine.validation import Validation
 from longskip.errors import CheckpointError, DataError, LongskipError, NonFiniteLossError
 from longskip.kernels import backends
@@ -83,6 +84,12 @@ class Job:
     _norm: float = 0.0
     _lr: float = 0.0
     _waited: float = 0.0
+    _waits: Waits | None = None
+    _communicated: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._waits = waits_on(self.world.device)
+        self._communicated = self._waits.seconds if self._waits else 0.0
 
     # --- once in a while ----------------------------------------------------------------------------------------------
 
@@ -265,7 +272,10 @@ class Job:
         for counter, value in counts.items():
             setattr(state, counter, getattr(state, counter) + value)
         waited, self._waited = self.reader.data_wait_seconds - self._waited, self.reader.data_wait_seconds
-        self.meter.add(**counts, data_wait=waited)
+        communication = None
+        if self._waits is not None:  # of evaluations and checkpoints since the last step too, as the meter's wall time
+            communication, self._communicated = self._waits.seconds - self._communicated, self._waits.seconds
+        self.meter.add(**counts, data_wait=waited, communication=communication)
 
     def log(self) -> None:
         """When it is due: one ledger line, one metrics line, one line to read."""

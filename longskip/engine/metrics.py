@@ -69,17 +69,22 @@ class Metrics:
             "flops_per_second": ended.flops_per_second,
             "time/data_loading(%)": 100 * ended.data_wait_share,
         }
+        if ended.communication_share is not None:
+            line["time/communication(%)"] = 100 * ended.communication_share
         if ended.mfu is not None and ended.hfu is not None:
             line |= {"mfu(%)": 100 * ended.mfu, "hfu(%)": 100 * ended.hfu}
         peaks = [round(peak / 2**30, 3) for peak in values["peaks"]]
         line |= {f"memory/{self.memory}(GiB)": max(peaks), "memory/per_rank(GiB)": peaks}
         self.record(ended.step, line | {"images": values["images"], "bad_samples": values["bad"]})
+        inside = ""
+        if ended.communication_share is not None and ended.devices > 1:
+            inside = f"  comm {100 * ended.communication_share:.0f}%"
         mfu = f"  mfu {100 * ended.mfu:.1f}%" if ended.mfu is not None else ""
         text = (
             f"step {ended.step}/{self.steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
             f"norm {values['grad_norm']:.3f}  {ended.images_per_second:.0f} images/s  "
             f"{ended.tokens_per_second:.0f} tokens/s  "
-            f"data {100 * ended.data_wait_share:.0f}%  {max(peaks):.1f} GiB{mfu}  eta {format_eta(eta)}"
+            f"data {100 * ended.data_wait_share:.0f}%{inside}  {max(peaks):.1f} GiB{mfu}  eta {format_eta(eta)}"
         )
         if self._bar is not None:
             assert self._log is not None

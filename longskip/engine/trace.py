@@ -1,11 +1,12 @@
 """What really goes over the process groups: every collective with its dtype and bytes, and the time waited in them.
 
 ``Trace`` is for counting: it sees each collective at the last place before torch's process groups, whoever makes it and
-through whatever function, but slows every op down. ``waits`` is for a whole run: two looks at a clock per collective.
+through whatever function, but slows every op down. ``Waits`` is for a whole run: two looks at a clock per collective.
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -96,6 +97,49 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
+# -- time ----------------------------------------------------------------------------------------------------------------
+
+
+class Waits:
+    """``seconds`` that this process has stood in collectives, waits for ranks that were not there yet included.
+
+    torch starts every collective in the background and waits for it in ``Work.wait``, at once or, where the caller asked
+    for that, later, when what it brings is needed: only the second part of such a one is waited for, and counted. On CUDA
+    it is a stream that waits and not the host, often one that runs beside the computation: what a step loses to its
+    collectives cannot be read off there.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def install(self) -> None:
+        """From now on every ``Work.wait`` of this process counts."""
+        wait, clock = torch.distributed.Work.wait, time.perf_counter
+
+        def timed(work: Any, *args: Any, **kwargs: Any) -> Any:
+            begin = clock()
+            try:
+                return wait(work, *args, **kwargs)
+            finally:
+                self.seconds += clock() - begin
+
+        torch.distributed.Work.wait = timed  # type: ignore[assignment]
+
+
+_waits: Waits | None = None
+
+
+def waits_on(device: torch.device) -> Waits | None:
+    """This process's ``Waits``, which count from the first time that they are asked for; None on CUDA."""
+    global _waits
+    if device.type == "cuda":
+        return None
+    if _waits is None:
+        _waits = Waits()
+        _waits.install()
+    return _waits
+
+
 # -- the prediction for a run ------------------------------------------------------------------------------------------
 
 _FIXED = {
@@ -103,8 +147,6 @@ _FIXED = {
     "contiguous_gradients": True,
     "round_robin_gradients": False,
     "stage3_model_persistence_threshold": None,
-    "offload_optimizer": None,
-    "offload_param": None,
 }
 
 
@@ -141,6 +183,8 @@ def predicted(
         accumulation=ds_config["gradient_accumulation_steps"],
         checkpointing=config.engine.checkpointing,
         clip=config.optim.clip > 0,
-        zero=Zero(**{name: asked[key] for name, key in names.items() if key in asked}),
+        zero=Zero(
+            offload="offload_optimizer" in asked, **{name: asked[key] for name, key in names.items() if key in asked}
+        ),
         **place,
     )

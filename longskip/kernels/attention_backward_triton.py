@@ -48,10 +48,15 @@ _SHORT: Choices = {
     (2, 64, 80): (blocks(32, 32, 8, 1),),
     (4, 64, 80): (blocks(16, 32, 4, 1),),
 }
-# Where two stages of loads spill: with the offsets' arithmetic, in the loops without an end that the compiler lays out
-# otherwise, and by Triton before 3.7.
-_SHORT_ONE_STAGE: Choices = {**_SHORT, (2, 64, 90): (blocks(64, 64, 8, 1), blocks(64, 64, 8, 2))}
-_SPILLS_TWO_STAGES = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7)
+# Two stages of loads and the offsets' arithmetic are more than the registers hold.
+_SHORT_VARLEN: Choices = {**_SHORT, (2, 64, 90): (blocks(64, 64, 8, 1), blocks(64, 64, 8, 2))}
+if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7):  # it takes more registers for the same
+    _SHORT = {
+        **_SHORT_VARLEN,
+        (2, 64, 100): (blocks(32, 64, 8, 1), blocks(64, 64, 8, 1)),
+        (2, 64, 80): (blocks(32, 32, 8, 2), blocks(32, 32, 8, 1)),
+    }
+    _SHORT_VARLEN = _SHORT
 _KEYS: Choices = {
     (2, 64, 80): (blocks(64, 128, 8, 2),),
     (2, 128, 90): (blocks(64, 64, 8, 2),),
@@ -143,10 +148,13 @@ def _attention_backward_short(
     q, k, v, mask, lse, out, grad, dq, dk, dv, partial, delta, offsets_q, offsets_k, heads, queries, keys,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, dq_token, dk_token,
     programs, rows_of_program, scale, factor,
-    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr, CHECK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Program p: the (sequence, head) pairs p, p + programs, ...; ``partial (programs, rows, Dh)`` and ``delta`` are its own."""
+    """Program p: the (sequence, head) pairs p, p + programs, ...; ``partial (programs, rows, Dh)`` and ``delta`` are its own.
+
+    Keys are compared with the end also where blocks have none: without the comparison the compiler takes more registers.
+    """
     partial += tl.program_id(0).to(tl.int64) * rows_of_program * HEAD_DIM
     delta += tl.program_id(0).to(tl.int64) * rows_of_program
     for pair in range(tl.program_id(0), programs, tl.num_programs(0)):
@@ -182,7 +190,7 @@ def _attention_backward_short(
                 lse_rows = tl.load(lse_at + rows, mask=rows < length_q, other=float("inf"))
                 delta_rows = tl.load(delta + rows, mask=rows < length_q, other=0.0)
                 weights, slopes = _slopes(
-                    k_block, q_block, v_block, g_block, lse_rows[None, :], delta_rows[None, :], valid, factor, CHECK
+                    k_block, q_block, v_block, g_block, lse_rows[None, :], delta_rows[None, :], valid, factor, True
                 )
                 of_values = add_product(of_values, weights, g_block)
                 of_keys = add_product(of_keys, slopes, q_block)
@@ -298,11 +306,6 @@ def is_short(longest: tuple[int, int], head_dim: int) -> bool:
     return max(longest) <= LONGEST_SHORT and head_dim <= WIDEST_SHORT
 
 
-def _short(call: Call) -> Choices:
-    ends = call.mask is not None or call.longest[1] % 64 != 0
-    return _SHORT if call.offsets is None and ends and not _SPILLS_TWO_STAGES else _SHORT_ONE_STAGE
-
-
 def backward(
     call: Call, out: Tensor, lse: Tensor, grad: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
     configurations: Mapping[str, Choice] | None = None,
@@ -317,15 +320,15 @@ def backward(
     inputs = (call.q, call.k, call.v, call.mask, lse)
     device = call.q.device
     if is_short(call.longest, call.head_dim):
-        constants = chosen("_attention_backward_short", call, _short(call), given.get("_attention_backward_short"))
+        choices = _SHORT if call.offsets is None else _SHORT_VARLEN
+        constants = chosen("_attention_backward_short", call, choices, given.get("_attention_backward_short"))
         programs = min(call.programs, PROGRAMS_PER_MULTIPROCESSOR * jit.target_of(device).multiprocessors)
         rows = call.longest[0]
         partial = jit.empty((programs, rows, call.head_dim), torch.float32, device)
         delta = jit.empty((programs, rows), torch.float32, device)
-        check = call.mask is not None or call.offsets is not None or call.longest[1] % constants["BLOCK_K"] != 0
         jit.launch(
             _attention_backward_short, (programs,), *inputs, out, grad, dq, dk, dv, partial, delta, *call.spans(),
-            *strides, of_query, of_key, call.programs, rows, scale, factor, CHECK=check, **fixed, **constants,
+            *strides, of_query, of_key, call.programs, rows, scale, factor, **fixed, **constants,
         )  # fmt: skip
         return
     delta = jit.empty(lse.shape, torch.float32, device)

@@ -13,10 +13,12 @@ import typer
 from longskip import __version__
 from longskip.errors import EXIT_USAGE, ConfigError, LongskipError
 from longskip.launcher.cli_bench import app as bench_app
+from longskip.launcher.cli_budget import app as budget_app
 from longskip.launcher.cli_checkpoint import app as checkpoint_app
 from longskip.launcher.cli_config import app as config_app
 from longskip.launcher.cli_data import app as data_app
 from longskip.launcher.cli_plan import plan
+from longskip.launcher.cli_profile import profile
 
 app = typer.Typer(
     name="longskip",
@@ -29,9 +31,11 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
 app.add_typer(bench_app, name="bench")
+app.add_typer(budget_app, name="budget")
 app.add_typer(checkpoint_app, name="checkpoint")
 
 app.command()(plan)
+app.command()(profile)
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name under runs/")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object, for machines")]

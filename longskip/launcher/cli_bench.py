@@ -142,6 +142,9 @@ def kernels(
     repeats: Annotated[int | None, typer.Option(min=1, help="of every measurement: 50 on a GPU, 3 on a CPU")] = None,
     tune: Annotated[bool, typer.Option("--tune", help="try every configuration first and take the fastest")] = False,
     inductor: Annotated[str, typer.Option(help="torch.compile's modes, by commas: default, max, none")] = "default",
+    sweep: Annotated[
+        bool | None, typer.Option(help="attention over many lengths too, for the plot; by default on a GPU only")
+    ] = None,
     save: Annotated[
         bool, typer.Option("--save", help="keep what was fastest for `auto`, in your cache folder")
     ] = False,
@@ -173,6 +176,7 @@ def kernels(
     given += ["--dtype", dtype] if dtype else []
     given += ["--repeats", str(repeats)] if repeats else []
     given += ["--inductor", inductor]
+    given += [] if sweep is None else ["--sweep" if sweep else "--no-sweep"]
     given += ["--tune"] * tune + ["--save"] * save + ["--into-package"] * into_package
     raise typer.Exit(bench.main(given))
 
@@ -184,14 +188,23 @@ def machine(
     batch: Annotated[int, typer.Option(min=1, help="pictures that these presets are given at a time")] = 8,
     repeats: Annotated[int, typer.Option(min=1, help="of every measurement, in turns")] = 5,
     keep: Annotated[bool, typer.Option(help="keep the result in your folders, for `--gpu this`")] = True,
+    kernels: Annotated[
+        Path | None, typer.Option(help="measure nothing: keep what `longskip bench kernels --out` wrote on a GPU")
+    ] = None,
     as_json: JsonOption = False,
     out: OutOption = None,
 ) -> None:
     """This machine's processor: its ceilings (products per dtype, copies), and what the models' ops reach of them.
 
     Keeps the rates as the device `this` in your hardware.yaml and the ops' times in your cache folder; `--no-keep` only
-    prints them.
+    prints them. Times of a GPU's kernels (`--kernels FILE.json`) are kept for profiles and plans of that GPU.
     """
+    if kernels is not None:
+        from longskip.profiling.efficiency import adopt
+
+        kept = adopt(kernels)
+        print(json.dumps({"kept": [str(kept)]}) if as_json else f"kept: {kept}")
+        return
     from longskip.models.presets import preset
 
     specs = [preset(name) for name in model or ()]
@@ -212,7 +225,7 @@ def machine(
     )  # fmt: skip
     options = {"repeats": repeats, "batch": batch}
     result = about("machine", options, load, "torch") | found.to_json() | {"kept": found.keep() if keep else []}
-    how = f"{found.ceilings.threads} threads, medians of {repeats}"
+    how = f"{found.ceilings.threads} thread(s), medians of {repeats}"
     lines = [*page("This machine", result, how), "", *found.to_markdown(), ""]
     lines += [f"kept: {path}" for path in result["kept"]]
     _hand_out(result, "\n".join(lines).rstrip() + "\n", as_json, out)
@@ -228,6 +241,8 @@ def predict(
 
     Each round times every op of the model and then takes steps. Exit code 1 where a prediction misses its limit.
     """
+    import torch
+
     from longskip.engine.bench_common import about, page
     from longskip.profiling.machine import measured_device
     from longskip.profiling.step_check import LIMIT, predict_steps, to_markdown
@@ -237,10 +252,14 @@ def predict(
     rows = predict_steps(rounds=rounds, device=device, progress=_tell)
     result = about("predict", {"rounds": rounds}, load, "torch") | {
         "ceilings": {"fp32_flops": device.peak("fp32"), "copy_bytes_per_second": device.bandwidth},
+        "threads": torch.get_num_threads(),
         "limit": LIMIT,
         "rows": rows,
     }
-    how = f"a bare loop in float32, medians of {rounds} rounds of calibration and steps in turns"
+    how = (
+        f"a bare loop in float32 on {result['threads']} thread(s), medians of {rounds} rounds of calibration and steps in "
+        "turns"
+    )
     lines = [*page("Step time, predicted and measured", result, how), "", *to_markdown(rows, device)]
     _hand_out(result, "\n".join(lines) + "\n", as_json, out)
     if not all(row["met"] for row in rows):
@@ -252,7 +271,7 @@ def render(
     file: Annotated[Path, typer.Argument(help="what `longskip bench kernels --out` wrote: FILE.json")],
     out: Annotated[Path | None, typer.Option(help="the folder; by default FILE without its ending")] = None,
 ) -> None:
-    """Pictures and a page of kernel measurements: a roofline with every kernel, and times beside the rivals'."""
+    """Pictures and a page of kernel measurements: a roofline with every kernel, times beside the rivals' and over sizes."""
     from longskip.profiling.bench_render import render as write
 
     for path in write(file, out):

@@ -387,8 +387,10 @@ class UViTSpec:
         checkpointing: int = 0,
         latent_size: tuple[int, int] | None = None,
         n_txt: int | None = None,
+        *,
+        kernels: Literal["torch", "triton"] = "torch",
     ) -> SavedBytes:
-        """Bytes that autograd keeps from the forward pass for the backward pass, with the ``torch`` kernels.
+        """Bytes that autograd keeps from the forward pass for the backward pass, with the ``torch`` or our own kernels.
 
         Counted: every storage that a graph node saves, once, parameters apart; activations at ``dtype_bytes`` per
         element (4 float32, 2 bfloat16), statistics (norms, log-sum-exp of attention) at 4, as GPUs keep them.
@@ -397,25 +399,36 @@ class UViTSpec:
         input, MLP input, 4 h before and 4 h after GELU. A skip adds 2 h (the concatenated pair), adaLN 4 h, qk-norm 4 h
         in float32 (2 h, and 4 h of float32, in bfloat16; a fused RMS norm keeps less). Not counted: gradients, weights,
         text masks, workspaces, the allocator's rounding, whatever the loss and the text encoder keep.
+        Ours (``kernels="triton"``) keep less: the MLP makes its values after GELU again, a skip adds 1 h (the block's
+        input, its skip being kept anyway), adaLN 2 h (both branches' outputs), qk-norm 2 h (normed q and k) in any dtype.
 
         With ``checkpointing`` k every k-th block keeps its input alone; ``recompute`` is what one adds for a moment.
         Flat layouts keep the same bytes as named ones. Equal to the sum of ``saved_tensors_hooks`` in float32 (tested);
-        in bfloat16 it is what GPUs keep: on a CPU the norms work on float32 copies, which count more.
+        in bfloat16 it is what GPUs keep: on a CPU the norms work on float32 copies, which count more. Raises ``SpecError``
+        for unknown kernels, and for sizes that do not fit.
         """
+        if kernels not in ("torch", "triton"):
+            raise SpecError(f"kernels = {kernels!r} are unknown", cure="take 'torch' or 'triton'")
+        ours = kernels == "triton"
         height, width = self.latent_size if latent_size is None else latent_size
         costs = self.flops(batch, (height, width), n_txt)  # checks the arguments
         h, wide, tokens = self.width, max(4, dtype_bytes), costs.tokens
         row, vector = tokens * h * dtype_bytes, batch * h * dtype_bytes
         stats, head_stats = 2 * tokens * 4, tokens * self.n_heads * 4
-        block = (8 + 2 * self.mlp_ratio) * row + 2 * stats + head_stats
-        if self.adaln:
+        block = (8 + (1 if ours else 2) * self.mlp_ratio) * row + 2 * stats + head_stats
+        if self.adaln and ours:
+            block += 2 * row + 7 * vector  # branch outputs twice; 6 h, SiLU(time)
+        elif self.adaln:
             block += 4 * row + 9 * vector  # normed twice and branch outputs twice; 1 + scale twice, 6 h, SiLU(time)
-        if self.qk_norm:
+        if self.qk_norm and ours:
+            block += 2 * row
+        elif self.qk_norm:
             block += 2 * row + 2 * tokens * h * wide + 2 * head_stats
             block += 2 * (tokens * h + self.head_dim) * wide if dtype_bytes < wide else 0  # float32 copies
-        skip_block = block + 2 * row
+        skip_block = block + (1 if ours else 2) * row
         plain, skips = self.checkpointed(checkpointing)
-        recompute = skip_block if skips else block - row if plain else 0
+        # a block's input is there already: the first norm's, or with a skip one half of our kernels' pair
+        recompute = skip_block - (row if ours else 0) if skips else block - row if plain else 0
         blocks = (self.n_blocks - self.n_skips - plain) * block + (self.n_skips - skips) * skip_block
         blocks += (plain + skips) * row
         if checkpointing == 1:
@@ -425,7 +438,9 @@ class UViTSpec:
         embed += 8 * batch if self.n_classes else 0
         embed += 9 * vector if self.time_mlp else 0
         embed += vector if self.adaln and (self.time_mlp or checkpointing) else 0  # the time embedding, once for all
-        head = 2 * row + stats + (row + 2 * vector if self.adaln else 0)
+        head = 2 * row + stats
+        if self.adaln:
+            head += 3 * vector if ours else row + 2 * vector
         head += batch * self.c_out * height * width * dtype_bytes if self.conv else 0
         return SavedBytes(embed, block, skip_block, blocks, head, recompute)
 
@@ -473,6 +488,12 @@ class TextEncoderSpec:
         h = self.width
         by_part = {"embedding": self.vocab_size * h, "layers": self.depth * (self.window * h**2 + 3 * h)}
         return ParamCounts(0, 0, sum(by_part.values()), by_part)
+
+    def saved_bytes(self, batch: int, dtype_bytes: int) -> int:
+        """Bytes that autograd keeps of ``batch`` texts with either kernels, beside the features, which the U-ViT keeps: ids,
+        and of each layer its input, the statistics of its norm, the window and the values before GELU."""
+        tokens = batch * self.n_tokens
+        return 8 * tokens + self.depth * (tokens * (self.window + 2) * self.width * dtype_bytes + 2 * tokens * 4)
 
     def flops(self, batch: int = 1) -> Flops:
         """Contractions of one forward pass of ``batch`` texts: the layers' linears. A step executes exactly

@@ -163,7 +163,7 @@ class _Sizes:
     text: int
     label: int
     noised: int
-    scalars: int  # time and weight per image, loss
+    scalars: int  # time, weight and loss per image; loss and its gradient
 
 
 def activations(
@@ -218,7 +218,7 @@ def _sizes_of(
         text=batch * text * spec.text_width * dtype_bytes,
         label=8 * batch if spec.n_classes else 0,
         noised=counts.image_tokens * pixels * spec.channels * 4,
-        scalars=8 * batch + 8,
+        scalars=12 * batch + 8,
     )
 
 
@@ -370,8 +370,8 @@ def _write_head(tape: _Tape, spec: UViTSpec, size: _Sizes, x: str, prediction: s
         tape.norm(size, h, "head", "1", x)
     kept = ("head.normed1",)
     tape.add("linear", {"linear": size.linear}, (kept, size.row), saves=kept, weight=(h + 1) * values)
-    # the gradient of a part of the tokens is put back among zeros; its own rows are copied first
-    tape.add("unpatchify", {"picture": size.out}, (("linear",), size.linear), temp=size.out)
+    tape.split("image tokens", "linear", size.linear, "rows")  # a view, whose gradient is put back among zeros
+    tape.add("unpatchify", {"picture": size.out}, (("rows",), size.out))
     last = "picture"
     if spec.conv:
         weight = 9 * spec.c_out**2 + spec.c_out

@@ -84,7 +84,10 @@ def nested(case: KernelCase) -> Call | str:
         jagged = functools.partial(
             torch.nested.nested_tensor_from_jagged, offsets=offsets, min_seqlen=min(lengths), max_seqlen=max(lengths)
         )
-        q, k, v = (jagged(t).transpose(1, 2) for t in leaves["q"].unbind(1))
+        parts = leaves["q"].unbind(1)
+        if offsets.device.type != "cuda":  # on a GPU torch copies them itself, or its kernel takes them as they lie
+            parts = tuple(part.contiguous() for part in parts)
+        q, k, v = (jagged(part).transpose(1, 2) for part in parts)
         return (F.scaled_dot_product_attention(q, k, v).transpose(1, 2).values(),)
 
     return call

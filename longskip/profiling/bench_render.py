@@ -111,7 +111,7 @@ def _lines(op: str, series: Mapping[str, Sequence[Row]], result: Mapping[str, An
 
     The dotted line is the time that the declared work takes at this run's ceilings.
     """
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
     colours = _providers([row for rows in series.values() for row in rows])
     modes = [mode for mode in MODES if any(row["mode"] == mode for rows in series.values() for row in rows)]
@@ -133,6 +133,10 @@ def _lines(op: str, series: Mapping[str, Sequence[Row]], result: Mapping[str, An
             panel.set(xscale="log", yscale="log", xlabel=rows[0]["x_name"])
             panel.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=90, fontsize=7)
             panel.xaxis.set_minor_locator(NullLocator())
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            panel.yaxis.set_minor_formatter(NullFormatter())
+            panel.tick_params(axis="y", labelsize=7)
             panel.grid(axis="y", color="#dddddd", lw=0.6)
             panel.set_title(f"{op}, {MODES[mode]}\n{name}", fontsize=9)
             panel.spines[["top", "right"]].set_visible(False)
@@ -157,7 +161,7 @@ def _bars(op: str, rows: Sequence[Row], result: Mapping[str, Any], path: Path) -
     colours = _providers(rows)
     modes = [mode for mode in MODES if any(row["mode"] == mode for row in rows)]
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    figure, subplots = _figure(4.6 * len(modes) + 0.6, 1.4 + max(2.6, 0.3 * len(cases) * len(colours)))
+    figure, subplots = _figure(4.6 * len(modes) + 0.6, 1.4 + max(1.0, 0.3 * len(cases) * len(colours)))
     panels = subplots(1, len(modes), squeeze=False)[0]
     for panel, mode in zip(panels, modes, strict=True):
         height = 0.8 / len(colours)

@@ -157,15 +157,11 @@ def _device_hours(lines: Sequence[LedgerLine], seconds: Callable[[LedgerLine], f
     return math.fsum((seconds(line) if seconds else line.seconds) * line.devices for line in lines) / _HOUR
 
 
-def _communication(line: LedgerLine) -> float | None:
-    return getattr(line, "communication_seconds", None)
-
-
 def _uses(committed: Sequence[LedgerLine], hours: Amount) -> tuple[Use, ...]:
     """The time spent, in parts that add up to it."""
     parts = {"waiting for data": _device_hours(committed, lambda line: line.data_wait_seconds)}
-    if any(_communication(line) is not None for line in committed):
-        parts["communication"] = _device_hours(committed, lambda line: _communication(line) or 0.0)
+    if any(line.communication_seconds is not None for line in committed):
+        parts["communication"] = _device_hours(committed, lambda line: line.communication_seconds or 0.0)
     parts = {"training, evaluation, checkpoints": hours.committed - math.fsum(parts.values())} | parts
     parts["redone after a resume"] = hours.redone
     return tuple(Use(name, value, value / hours.spent if hours.spent else 0.0) for name, value in parts.items())

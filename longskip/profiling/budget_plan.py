@@ -14,7 +14,6 @@ from longskip.models.specs import UViTSpec
 from longskip.profiling.hardware import Device
 from longskip.profiling.laws import (
     DIT_IN_CONTEXT,
-    LANGUAGE_LAWS,
     TIFA_2404_02883,
     Law,
     Optimum,
@@ -155,7 +154,7 @@ def make_plan(
         money=hours * price if hours is not None and price is not None else None,
         energy_kwh=hours * power / 1000 if hours is not None and power is not None else None,
         tifa=_tifa(flops, optimum.params),
-        notes=tuple(_notes(law, optimum, base, hardware, power, watts)),
+        notes=tuple(_notes(law, base, hardware, power, watts)),
     )
 
 
@@ -257,16 +256,12 @@ def _tifa(flops: int, params: float) -> dict[str, dict[str, Any]]:
 
 
 def _notes(
-    law: Law, optimum: Optimum, base: UViTSpec, hardware: Hardware | None, power: float | None, watts: float | None
+    law: Law, base: UViTSpec, hardware: Hardware | None, power: float | None, watts: float | None
 ) -> Iterator[str]:
     if law.note:
         yield f"{law.name}: {law.note}"
-    if law.name in LANGUAGE_LAWS:
-        yield "only the split of the budget into N and D is taken from this law; its loss is no diffusion loss"
     if law is DIT_IN_CONTEXT and base.n_img != 256:
         yield f"the law was fitted at 256 image tokens an image (256² pixels); this resolution has {base.n_img:,}"
-    if optimum.extrapolation != 1:
-        yield optimum.range_note
     if TIFA_2404_02883["params"].note:
         yield f"TIFA by parameters (2404.02883): {TIFA_2404_02883['params'].note}"
     if hardware is not None and power is None:

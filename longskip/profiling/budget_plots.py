@@ -26,15 +26,18 @@ _LEGEND = 10
 def plot_budgets(budgets: Sequence[RunBudget], path: Path) -> Path:
     """Loss against committed C of every run, and each accounting's FLOPs as a share of the exact ones."""
     bars = len(budgets) * len(LABELS)
-    figure, (left, right) = _figure(12.5, max(4.8, 1.6 + 0.13 * bars), 2, width_ratios=(1.15, 1))
+    figure, (left, right) = _figure(12.5, min(9.0, max(4.8, 1.6 + 0.13 * bars)), 2, width_ratios=(1.15, 1))
     for index, budget in enumerate(budgets):
-        colour = _colour(index)
+        colour = _colour(index, len(budgets))
         if budget.curve:
             flops, losses = zip(*budget.curve, strict=True)
             left.plot(flops, losses, "o-" if len(flops) < 40 else "-", ms=3, lw=1.5, color=colour, label=budget.name)
     left.set(xscale="log", xlabel="C, exact model FLOPs (committed)", ylabel="training loss, smoothed by 0.9")
     left.set_title("what the budget bought")
-    _legend(left, len(budgets))
+    if len(budgets) > len(_COLOURS):
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    else:
+        _legend(left, len(budgets))
     names = list(LABELS)[1:]
     height = 0.8 / len(budgets)
     for index, budget in enumerate(budgets):
@@ -43,13 +46,14 @@ def plot_budgets(budgets: Sequence[RunBudget], path: Path) -> Path:
             if name in shares and math.isfinite(shares[name]):
                 where = at + (index - (len(budgets) - 1) / 2) * height
                 label = budget.name if at == 0 else None
-                right.barh(where, shares[name], height * 0.92, color=_colour(index), label=label)
-                if len(budgets) <= 6:
-                    right.text(shares[name], where, f" {shares[name]:.3f}", va="center", fontsize=8)
+                right.barh(where, shares[name], height * 0.92, color=_colour(index, len(budgets)), label=label)
+                if len(budgets) <= 6:  # inside the bar: beside it, figures near 1 would lie on the line
+                    right.text(
+                        shares[name], where, f"{shares[name]:.3f} ", va="center", ha="right", fontsize=8, color="white"
+                    )
     right.axvline(1, color="#222222", lw=1)
-    right.set_yticks(range(len(names)), [LABELS[name] for name in names])
+    right.set_yticks(range(len(names)), [LABELS[name].replace(" (", "\n(") for name in names])
     right.invert_yaxis()
-    right.margins(x=0.12)
     right.set_xlabel("share of the exact model FLOPs")
     right.set_title("what each accounting would have said")
     _save(figure, path)
@@ -125,14 +129,16 @@ def _plot_parabolas(parabolas: Sequence[Parabola], path: Path) -> Path:
 
     figure, (panel,) = _figure(9, 5.6, 1)
     for index, parabola in enumerate(parabolas):
-        colour = _colour(index)
+        colour = _colour(index, len(parabolas))
         sizes = [point.params for point in parabola.points]
         grid = np.geomspace(min(sizes) / 1.15, max(sizes) * 1.15, 120)
         panel.plot(grid, [parabola(n) for n in grid], color=colour, lw=1.4)
         panel.plot(sizes, [point.loss for point in parabola.points], "o", ms=5, color=colour,
                    label=units.scientific(parabola.flops))  # fmt: skip
         spread = parabola.params_interval
-        error = None if spread is None else [[max(0, parabola.params - spread[0])], [max(0, spread[1] - parabola.params)]]
+        error = (
+            None if spread is None else [[max(0, parabola.params - spread[0])], [max(0, spread[1] - parabola.params)]]
+        )
         panel.errorbar(parabola.params, parabola.loss, xerr=error, fmt="D", ms=7, mfc="white", mec=colour, mew=1.8,
                        ecolor=colour, elinewidth=1.8, capsize=3, zorder=5)  # fmt: skip
     panel.plot([p.params for p in parabolas], [p.loss for p in parabolas], "--", color=_GREY, lw=1, zorder=1)
@@ -150,7 +156,11 @@ def _plot_lines(fit: FrontierFit, path: Path) -> Path:
     best: Sequence[Parabola | Point] = fit.parabolas or fit.points
     flops = [one.flops for one in best]
     grid = np.geomspace(min(flops) / 1.5, max(flops) * 10, 80)
-    titles = {"N_opt": ("params", "parameters"), "D_opt": ("tokens", f"{fit.law.tokens} tokens"), "loss": ("loss", "loss")}
+    titles = {
+        "N_opt": ("params", "parameters"),
+        "D_opt": ("tokens", f"{fit.law.tokens} tokens"),
+        "loss": ("loss", ""),
+    }
     for index, (panel, (name, line)) in enumerate(zip(panels, _lines(fit).items(), strict=True)):
         attribute, unit = titles[name]
         panel.plot(grid, [line.law(c) for c in grid], color=_colour(index), lw=1.5)
@@ -158,9 +168,17 @@ def _plot_lines(fit: FrontierFit, path: Path) -> Path:
         if bands[0] is not None:
             low, high = zip(*bands, strict=True)  # type: ignore[arg-type]
             panel.fill_between(grid, low, high, color=_colour(index), alpha=0.18, lw=0, label="95% of the line")
-        panel.plot(flops, [getattr(one, attribute) for one in best], "o", color="#222222", ms=5, label="best of a budget")
+        panel.plot(
+            flops, [getattr(one, attribute) for one in best], "o", color="#222222", ms=5, label="best of a budget"
+        )
         panel.axvspan(max(flops), grid[-1], color="#999999", alpha=0.12, lw=0)
-        panel.set(xscale="log", yscale="log", xlabel="C, FLOPs", ylabel=f"{name}, {unit}", xlim=(grid[0], grid[-1]))
+        panel.set(
+            xscale="log",
+            yscale="log",
+            xlabel="C, FLOPs",
+            ylabel=f"{name}, {unit}".rstrip(", "),
+            xlim=(grid[0], grid[-1]),
+        )
         _plain_ticks(panel, [getattr(one, attribute) for one in best], name == "loss")
         panel.set_title(f"{name} = {line.law.coefficient:.4g} · C^{line.law.exponent:.4f}")
         panel.legend(fontsize=8, frameon=False)
@@ -232,11 +250,16 @@ def _legend(panel: Any, count: int, title: str | None = None, *, outside: bool =
     if not count:
         return
     place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1)} if outside else {}
-    panel.legend(fontsize=8, frameon=False, title=title, ncols=1 + (count - 1) // (2 * _LEGEND), **place)
+    panel.legend(fontsize=8, frameon=False, title=title, ncols=1 + (count - 1) // _LEGEND, **place)
 
 
-def _colour(index: int) -> str:
-    return _COLOURS[index % len(_COLOURS)]
+def _colour(index: int, count: int = 0) -> Any:
+    """Of few things a colour-blind safe one each; of many their place on a scale, in the order in which they came."""
+    if count <= len(_COLOURS):
+        return _COLOURS[index]
+    import matplotlib
+
+    return matplotlib.colormaps["viridis"](index / (count - 1))
 
 
 def _save(figure: Any, path: Path) -> None:

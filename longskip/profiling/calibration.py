@@ -33,6 +33,7 @@ __all__ = ["DTYPES", "Calibration", "Ceilings", "Seconds", "calibrate", "calls_o
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SHORT = 2e-3  # seconds: shorter work is repeated within a round
 _MOST = 20  # times within a round
+_LEAST = 0.05  # of a backward's time is its own, however long the engine's start took
 
 
 class Seconds(NamedTuple):
@@ -149,6 +150,10 @@ class Calibration:
             raise ConfigError(f"dtype {dtype!r} cannot be calibrated", cure=f"one of {', '.join(DTYPES)}")
         self.device, self.dtype = torch.device(device), dtype
         self._read = read or clock_of(self.device)
+        self._probe, self._one = (
+            torch.zeros(1, device=self.device, requires_grad=True),
+            torch.ones(1, device=self.device),
+        )
         self._small = _Small.build(self.device, DTYPES[dtype])
         self._small_spans: list[tuple[Seconds, Seconds]] = []
         self._slots: dict[_Key, _Slot] = {}
@@ -160,10 +165,6 @@ class Calibration:
         self._parameters = tuple(parameters)
         self._optimizer: list[Seconds] = []
         self._step = self._adamw() if parameters else None
-        probe = torch.zeros(1, device=self.device, requires_grad=True)
-        self._probe = _Slot(
-            Call("", "", {}, {}), Work(lambda: (probe.view_as(probe),), (probe,)), [torch.ones_like(probe)], _MOST
-        )
 
     def _slot(self, call: Call) -> _Slot:
         work = work_of(call, self.device, DTYPES[self.dtype])
@@ -176,14 +177,22 @@ class Calibration:
         return slot
 
     def _once(self, slot: _Slot) -> tuple[Seconds, Seconds | None]:
-        """Seconds forward and backward; None where nothing needs a gradient."""
+        """Seconds forward and backward; None where nothing needs a gradient.
+
+        A whole step starts the autograd engine once: the start, of a graph of one view taken just before, is subtracted.
+        """
         start = self._read()
         outputs = slot.work.run()
-        middle = self._read()
+        forward = self._read().since(start)
         if not slot.work.leaves:
-            return middle.since(start), None
+            return forward, None
+        view = self._probe.view_as(self._probe)
+        start = self._read()
+        torch.autograd.grad(view, self._probe, self._one)
+        middle = self._read()
         torch.autograd.grad(outputs, slot.work.leaves, slot.cotangents, allow_unused=True)
-        return middle.since(start), self._read().since(middle)
+        engine, took = middle.since(start), self._read().since(middle)
+        return forward, Seconds(*(max(a - b, _LEAST * a) for a, b in zip(took, engine, strict=True)))
 
     def _adamw(self) -> Callable[[], None]:
         lists = [[torch.randn(n, device=self.device) for n in self._parameters] for _ in range(4)]
@@ -194,7 +203,7 @@ class Calibration:
 
     def round(self) -> None:
         """Every call once, short ones several times; calls take turns, so that each finds the caches as in a step."""
-        slots = (self._probe, *self._slots.values())
+        slots = tuple(self._slots.values())
         found: list[list[tuple[Seconds, Seconds | None]]] = [[] for _ in slots]
         for turn in range(max(slot.times for slot in slots)):
             for spans, slot in zip(found, slots, strict=True):
@@ -220,13 +229,8 @@ class Calibration:
         self._small.forget()
 
     def _took(self, slot: _Slot, direction: str) -> Seconds | None:
-        """Median seconds; a backward's without the start of the autograd engine, which a whole step pays once."""
-        if direction == "forward":
-            return _median(slot.forward)
-        if not slot.backward:
-            return None
-        engine = _median(self._probe.backward)
-        return Seconds(*(max(a - b, 0.1 * a) for a, b in zip(_median(slot.backward), engine, strict=True)))
+        spans = slot.forward if direction == "forward" else slot.backward
+        return _median(spans) if spans else None
 
     def overhead(self) -> dict[str, dict[str, float]]:
         """Seconds beside the ops, per call of an op and direction: of the smallest model, its step less its ops."""
@@ -243,7 +247,7 @@ class Calibration:
 
     def result(self, device_name: str, about: Mapping[str, Any] | None = None) -> Efficiencies:
         """The medians over the rounds so far; ConfigError before the first."""
-        if not self._probe.forward:
+        if not self._small_spans:
             raise ConfigError("nothing was measured", cure="call round() first")
         itemsize = torch.empty(0, dtype=DTYPES[self.dtype]).element_size()
         entries = []

@@ -12,15 +12,15 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from longskip.errors import ConfigError
 from longskip.kernels.formulas import OpCost
-from longskip.profiling.hardware import Device
+from longskip.profiling.hardware import Device, lookup
 
-__all__ = ["ASSUMED", "Efficiencies", "Ideal", "Measured", "Share", "cache_folder", "ideal"]
+__all__ = ["ASSUMED", "Efficiencies", "Ideal", "Measured", "Share", "adopt", "cache_folder", "ideal"]
 
 Direction = Literal["forward", "backward"]
 Clock = Literal["cpu", "wall"]
@@ -101,15 +101,17 @@ ASSUMED: Mapping[str, Assumption] = {
     assumption.name: assumption
     for assumption in (
         Assumption(
-            "products", 0.70, _COPY, "large bf16 products on Hopper and Ampere reach 60 to 80% of the dense peak"
+            "products",
+            0.70,
+            _COPY,
+            "the best large products reach 80 to 90% of an H100's peak (arXiv 2407.08608, section 1); "
+            "a model's are smaller and alternate with other work",
         ),
         Assumption("attention forward, head dim up to 64", 0.40, _COPY, f"{_FA3}: 34 to 48%"),
         Assumption("attention forward, head dim above 64", 0.55, _COPY, f"{_FA3}: 47 to 65%"),
         Assumption("attention backward, head dim up to 64", 0.35, _COPY, f"{_FA3}: 27 to 46%"),
         Assumption("attention backward, head dim above 64", 0.45, _COPY, f"{_FA3}: 32 to 55%"),
-        Assumption(
-            "elementwise", 0.50, _COPY, "large copies reach 85 to 93% of the bandwidth; arithmetic seldom binds"
-        ),
+        Assumption("elementwise", 0.50, _COPY, "the best norm kernels reach 90% of an H100's bandwidth (quack)"),
     )
 }
 
@@ -145,26 +147,24 @@ class Efficiencies:
         device: Device,
         clock: Clock = "cpu",
     ) -> Share | None:
-        """Of the entry with these sizes and this cost; between and beyond entries their mean, in logarithms, weighted by
-        the inverse square of the distance in FLOPs and bytes. None where the op was not measured in this direction."""
+        """Of the entry with this cost, the same sizes first. Else the two entries that are nearest in FLOPs and bytes
+        lay a line through time over ideal time, a fixed cost and a rate; below the smaller one its efficiency holds.
+        None where the op was not measured in this direction."""
         found = [entry for entry in self.entries if (entry.op, entry.direction) == (op, direction)]
         if not found:
             return None
-        same = [entry for entry in found if dict(entry.sizes) == dict(sizes) and distance(entry.cost, cost) < _SAME]
-        apart = {entry_at: distance(entry.cost, cost) for entry_at, entry in enumerate(found)}
-        factor = math.exp(min(apart.values()))
-        if same or factor - 1 < _SAME:
-            exact = (same or [entry for at, entry in enumerate(found) if apart[at] < _SAME])[0]
-            reached = self._reached(exact, device, clock)
+        found.sort(key=lambda entry: (distance(entry.cost, cost), dict(entry.sizes) != dict(sizes)))
+        factor = math.exp(distance(found[0].cost, cost))
+        near = [(ideal(entry.cost, device, self.dtype).seconds, float(getattr(entry, clock))) for entry in found[:2]]
+        reached = near[0][0] / near[0][1]
+        if factor - 1 < _SAME:
             return Share(reached, reached, "measured", True)
-        weights = [1 / apart[at] ** 2 for at in range(len(found))]
-        logs = [math.log(self._reached(entry, device, clock)) for entry in found]
-        reached = math.exp(sum(w * log for w, log in zip(weights, logs, strict=True)) / sum(weights))
+        wanted = ideal(cost, device, self.dtype).seconds
+        (low, took_low), (high, took_high) = min(near), max(near)
+        if wanted > low and high > low and took_high > took_low:
+            line = wanted / (took_low + (took_high - took_low) / (high - low) * (wanted - low))
+            reached = min(line, max(1.0, low / took_low, high / took_high))  # no more than all, unless a cache gave it
         return Share(reached, reached, f"measured at other sizes, {factor:.1f}× apart", factor <= NEAR)
-
-    def _reached(self, entry: Measured, device: Device, clock: Clock) -> float:
-        took: float = getattr(entry, clock)
-        return ideal(entry.cost, device, self.dtype).seconds / took
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -227,6 +227,19 @@ def load(path: Path) -> Efficiencies:
         return _from_bench(tree) if "rows" in tree else _from_json(tree)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{path} is damaged: {error!r}", cure=again) from None
+
+
+def adopt(path: Path, folder: Path | None = None) -> Path:
+    """Keep a table from elsewhere (``load``) for the device that it names, under the name of that device's row, where
+    ``of_device`` finds it; the new file. ConfigError for a device without a row."""
+    table = load(path)
+    device = lookup(table.device)
+    if device is None:
+        raise ConfigError(
+            f"{path} was measured on {table.device!r}, which no row of the hardware table describes",
+            cure="describe it in your hardware.yaml first",
+        )
+    return replace(table, device=device.name).save(folder)
 
 
 def _from_json(tree: Mapping[str, Any]) -> Efficiencies:

@@ -159,7 +159,7 @@ def _keys(item: Mapping[str, Any], allowed: tuple[str, ...], needed: tuple[str, 
 def _mapping(item: Any, where: str) -> dict[str, Any]:
     if not isinstance(item, Mapping):
         raise ConfigError(
-            f"{where}: a {type(item).__name__}, not a mapping", cure="see the example in the documentation"
+            f"{where}: a {type(item).__name__}, not a mapping", cure="keys and values, as in docs/hardware.md"
         )
     return dict(item)
 

@@ -64,6 +64,15 @@ class Optimum:
         end = "below the smallest" if self.below else "above the largest"
         return f"extrapolation: {self.extrapolation:.3g}\N{MULTIPLICATION SIGN} {end} budget that the law was fitted on"
 
+    @property
+    def range_word(self) -> str:
+        """The same in a word, for tables."""
+        if self.extrapolation is None:
+            return "unknown"
+        if self.extrapolation == 1:
+            return "inside"
+        return f"{self.extrapolation:.3g}\N{MULTIPLICATION SIGN} {'below' if self.below else 'beyond'}"
+
 
 class Law(Protocol):
     """What a planner asks of a law. ``tokens`` says which D it means: all that the model processes, or image tokens."""
@@ -177,7 +186,8 @@ CHINCHILLA = ParametricLaw(
     b=410.7,
     beta=0.28,
     budgets=(6e18, 3e21),
-    note="fitted on language models: its loss is nats per text token and says nothing about a diffusion loss",
+    note="fitted on language models: take its N and D as a split of the budget; its loss is nats per text token, no "
+    "diffusion loss",
 )
 BUILT_IN: dict[str, Law] = {law.name: law for law in (DIT_IN_CONTEXT, CHINCHILLA)}
 LANGUAGE_LAWS = frozenset({CHINCHILLA.name})
@@ -230,6 +240,7 @@ TIFA_2404_02883 = {
 }
 
 MOST_FLOPS = 1e30
+_EDGE = 1.02
 
 
 def positive_budget(flops: float) -> float:
@@ -375,10 +386,13 @@ def _head(form: str, law: Law) -> dict[str, Any]:
 
 
 def _outside(x: float, fitted: Interval | None) -> tuple[float | None, bool]:
-    """The factor by which ``x`` lies outside the range (1 inside), and whether it lies below."""
+    """The factor by which ``x`` lies outside the range (1 inside), and whether it lies below.
+
+    Within 2% of an end is inside: budgets that are spent in whole steps differ by as much.
+    """
     if fitted is None:
         return None, False
     low, high = fitted
-    if x < low:
+    if x * _EDGE < low:
         return low / x, True
-    return (x / high if x > high else 1.0), False
+    return (x / high if x > high * _EDGE else 1.0), False

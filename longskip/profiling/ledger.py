@@ -25,7 +25,9 @@ class LedgerLine:
 
     Tokens and images are counts, ``seconds`` wall time, FLOPs 2 per multiply-add (``model_flops`` and
     ``hardware_flops`` as the glossary defines them), ``six_nd`` = 6·N·tokens. ``mfu`` and ``hfu`` are shares 0 to 1,
-    None on a device without a datasheet peak; ``loss`` is None when it was not finite.
+    None on a device without a datasheet peak; ``loss`` is None when it was not finite. ``communication_seconds`` is the
+    time that the first rank stood in collectives, waits for slower ranks included; None where it is not known (on CUDA,
+    where the host does not stand still, and in ledgers of before it was measured).
     """
 
     attempt: int
@@ -44,6 +46,7 @@ class LedgerLine:
     loss: float | None
     devices: int
     device_name: str
+    communication_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ class Resumed:
 
 Entry = LedgerLine | Resumed
 _LINE_FIELDS = {f.name for f in fields(LedgerLine)}
+_ADDED_LATER = {"communication_seconds"}
 _COUNTS = ("images", "image_tokens", "tokens", "model_flops", "hardware_flops", "six_nd")
 _INTEGERS = ("attempt", "from_step", "step", *_COUNTS, "devices")
 
@@ -74,7 +78,8 @@ class LedgerFile:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Sums over ledger lines. ``mfu`` and ``hfu`` are means over time, of the lines that have one; None without any."""
+    """Sums over ledger lines. ``mfu``, ``hfu`` and ``communication_share`` are means over time, ``communication_seconds``
+    a sum, of the lines that have one; None without any."""
 
     steps: int = 0
     images: int = 0
@@ -87,6 +92,8 @@ class Totals:
     six_nd: int = 0
     mfu: float | None = None
     hfu: float | None = None
+    communication_seconds: float | None = None
+    communication_share: float | None = None
 
     @property
     def images_per_second(self) -> float | None:
@@ -184,12 +191,15 @@ def totals(lines: Iterable[LedgerLine]) -> Totals:
     """Sums over the given lines, each as often as it is given."""
     lines = list(lines)
     counts = {name: sum(getattr(line, name) for line in lines) for name in _COUNTS}
+    measured = [(inside, line.seconds) for line in lines if (inside := line.communication_seconds) is not None]
     return Totals(
         steps=sum(line.step - line.from_step for line in lines),
         seconds=math.fsum(line.seconds for line in lines),
         data_wait_seconds=math.fsum(line.data_wait_seconds for line in lines),
         mfu=_mean_over_time((line.mfu, line.seconds) for line in lines),
         hfu=_mean_over_time((line.hfu, line.seconds) for line in lines),
+        communication_seconds=math.fsum(inside for inside, _ in measured) if measured else None,
+        communication_share=_mean_over_time((inside / seconds, seconds) for inside, seconds in measured if seconds > 0),
         **counts,
     )
 
@@ -234,11 +244,12 @@ def _entry(body: dict[str, Any]) -> Entry | None:
         if not _is_count(body.get("attempt")) or not _is_count(body["resumed_from"]):
             return None
         return Resumed(attempt=body["attempt"], resumed_from=body["resumed_from"])
+    body = dict.fromkeys(_ADDED_LATER) | body
     if not body.keys() >= _LINE_FIELDS or not all(_is_count(body[name]) for name in _INTEGERS):
         return None
     if not all(_is_number(body[name]) for name in ("seconds", "data_wait_seconds")):
         return None
-    if not all(body[name] is None or _is_number(body[name]) for name in ("mfu", "hfu", "loss")):
+    if not all(body[name] is None or _is_number(body[name]) for name in ("mfu", "hfu", "loss", *_ADDED_LATER)):
         return None
     return LedgerLine(**{name: body[name] for name in _LINE_FIELDS})
 

@@ -35,6 +35,7 @@ class Interval:
     hfu: float | None
     devices: int
     device_name: str
+    communication_seconds: float | None = None
 
     def _rate(self, amount: float) -> float:
         return amount / self.seconds if self.seconds > 0 else 0.0
@@ -61,6 +62,11 @@ class Interval:
         """Share of the wall time spent waiting for data, 0 to 1."""
         return self._rate(self.data_wait_seconds)
 
+    @property
+    def communication_share(self) -> float | None:
+        """Share of the wall time spent in collectives, 0 to 1; None where it is not measured."""
+        return None if self.communication_seconds is None else self._rate(self.communication_seconds)
+
     def line(self, *, attempt: int, loss: float | None) -> LedgerLine:
         """This interval as a line of the ledger."""
         return LedgerLine(
@@ -80,6 +86,7 @@ class Interval:
             loss=loss,
             devices=self.devices,
             device_name=self.device_name,
+            communication_seconds=self.communication_seconds,
         )
 
 
@@ -110,6 +117,7 @@ class Meter:
         self.step = step
         self._clock = clock
         self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT_INTERVALS)
+        self._communication: float | None = None
         self._restart()
 
     def add(
@@ -122,8 +130,10 @@ class Meter:
         hardware_flops: int,
         six_nd: int,
         data_wait: float = 0.0,
+        communication: float | None = None,
     ) -> None:
-        """One finished optimizer step; counts are integers, ``data_wait`` seconds this rank waited for its batches."""
+        """One finished optimizer step; counts are integers, ``data_wait`` seconds this rank waited for its batches,
+        ``communication`` those it stood in collectives since the last one, None where nobody measures them."""
         self.step += 1
         self._images += images
         self._image_tokens += image_tokens
@@ -132,6 +142,8 @@ class Meter:
         self._hardware_flops += hardware_flops
         self._six_nd += six_nd
         self._data_wait += data_wait
+        if communication is not None:
+            self._communication = communication + (self._communication or 0.0)
 
     def peek(self) -> Interval:
         """The interval so far, which goes on."""
@@ -161,6 +173,7 @@ class Meter:
         self._images = self._image_tokens = self._tokens = 0
         self._model_flops = self._hardware_flops = self._six_nd = 0
         self._data_wait = 0.0
+        self._communication = None
 
     def _interval(self, now: float) -> Interval:
         seconds = now - self._start
@@ -179,6 +192,7 @@ class Meter:
             hfu=self._share_of_peak(self._hardware_flops, seconds),
             devices=self.devices,
             device_name=self.device_name,
+            communication_seconds=self._communication,
         )
 
     def _share_of_peak(self, flops: int, seconds: float) -> float | None:

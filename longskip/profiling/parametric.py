@@ -77,8 +77,10 @@ def fit_parametric(
         )
     problem = _Parametric(x, z, y)
     starts = problem.starts()
-    ends = [problem.descend(start) for start in starts]
-    best, _ = min(ends, key=lambda end: end[1])
+    ends = [problem.descend(start, 300) for start in starts]
+    best = min(ends, key=lambda end: end[1])[0]
+    for _ in range(3):  # a new start clears the memory of curvature where the valley has bent
+        best = problem.descend(best, 2000)[0]
     if not (0 < best[3] < 20 and 0 < best[4] < 20):
         raise ConfigError(
             f"the fit ends at α = {best[3]:.3g}, β = {best[4]:.3g}: the loss does not fall with both N and D",
@@ -90,7 +92,7 @@ def fit_parametric(
         chosen = rng.integers(0, len(points), len(points))
         if len({points[i].params for i in chosen}) >= 3 and len({points[i].tokens for i in chosen}) >= 3:
             resampled = _Parametric(x[chosen], z[chosen], y[chosen], centres=problem.centres)
-            rows.append(problem.constants(resampled.descend(best)[0]))
+            rows.append(problem.constants(resampled.descend(best, 1000)[0]))
     tails = 100 * (1 - LEVEL) / 2
     low, high = np.percentile(np.asarray(rows), [tails, 100 - tails], axis=0)
     e, a, alpha, b, beta, _ = problem.constants(best)
@@ -154,18 +156,15 @@ class _Parametric:
         ]
         return sorted(grid, key=lambda theta: self.value(theta)[0])[:keep]
 
-    def descend(self, theta: Array) -> tuple[Array, float]:
+    def descend(self, theta: Array, steps: int) -> tuple[Array, float]:
+        """L-BFGS from a start; where it ends, and the objective there."""
         from scipy.optimize import minimize
 
-        for _ in range(4):  # a new start clears the memory of curvature where the valley has bent
-            found = minimize(
-                self.value, theta, jac=True, method="L-BFGS-B",
-                options={"maxiter": 2000, "maxfun": 4000, "ftol": 1e-15, "gtol": 1e-9, "maxcor": 20},
-            )  # fmt: skip
-            moved, theta = abs(found.x - theta).max(), found.x
-            if moved < 1e-7:
-                break
-        return theta, float(found.fun)
+        found = minimize(
+            self.value, theta, jac=True, method="L-BFGS-B",
+            options={"maxiter": steps, "maxfun": 2 * steps, "ftol": 1e-15, "gtol": 1e-9, "maxcor": 20},
+        )  # fmt: skip
+        return found.x, float(found.fun)
 
     def constants(self, theta: Array) -> tuple[float, ...]:
         """E, A, α, B, β and β/(α + β)."""

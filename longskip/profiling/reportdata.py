@@ -87,17 +87,24 @@ def headline(log: RunLog) -> list[Figure]:
     per_token = f"{units.count(params_token)} act on every token" if params_token is not None else ""
     figures.append(Figure("Parameters N", units.count(params), per_token))
     if committed.steps == 0:
-        unknown = ("Wall time", "Images per second", "Data wait", "Goodput")
-        figures += [Figure(label, units.NONE) for label in unknown]
+        times = ("Wall time", "Images per second", "Data wait", "Communication", "Goodput")
+        figures += [Figure(label, units.NONE) for label in times]
     else:
         tokens_per_second = f"{units.rate(committed.tokens_per_second)} tokens/s"
         figures += [
             Figure("Wall time", units.duration(spent.seconds), "everything executed"),
             Figure("Images per second", units.rate(committed.images_per_second), tokens_per_second),
             Figure("Data wait", units.share(committed.data_wait_share), "of the wall time"),
+            Figure("Communication", units.share(committed.communication_share), _communication_note(committed)),
             Figure("Goodput", units.share(log.sums.goodput), "of the time spent was kept"),
         ]
     return [*figures, _mfu(log, committed)]
+
+
+def _communication_note(committed: Totals) -> str:
+    if committed.communication_share is None:
+        return "not measured (on CUDA, and in older ledgers)"
+    return "of the wall time in collectives"
 
 
 def _mfu(log: RunLog, committed: Totals) -> Figure:
@@ -189,8 +196,11 @@ def ledger_rows(log: RunLog) -> list[dict[str, Any]]:
         ("C₆ND", "six_nd", units.scientific),
         ("Wall time", "seconds", units.duration),
         ("Waiting for data", "data_wait_seconds", units.duration),
+        ("In collectives", "communication_seconds", units.duration),
     ):
         kept, all_of_it = getattr(committed, name), getattr(spent, name)
+        if kept is None or all_of_it is None:
+            continue
         cells = [Cell(short(value), _exact(value)) for value in (kept, all_of_it, all_of_it - kept)]
         rows.append({"label": label, "cells": cells})
     if spent.mfu is not None:
@@ -298,6 +308,7 @@ def chart_data(logs: Sequence[RunLog], names: Sequence[str]) -> dict[str, Any]:
         ("images_per_second", "images_per_second"),
         ("tokens_per_second", "tokens_per_second"),
         ("data_wait", "time/data_loading(%)"),
+        ("communication", "time/communication(%)"),
         ("mfu", "mfu(%)"),
     ):
         series = [_points(index, *log.series(name)) for index, log in enumerate(logs)]

@@ -21,7 +21,7 @@ from longskip.errors import ConfigError
 from longskip.models.specs import ParamSpec
 from longskip.profiling import zero3
 
-__all__ = ["Collective", "Kind", "Zero", "reduce_bucket", "total", "traffic"]
+__all__ = ["Collective", "Kind", "StoredTensor", "Zero", "reduce_bucket", "stored_tensors", "total", "traffic"]
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "reduce", "broadcast", "barrier"]
 Layout = Literal["named", "flat"]
@@ -54,7 +54,7 @@ class Zero:
 
     ``reduce_bucket`` None is what the engine sets (``reduce_bucket()``), ``prefetch`` None a quarter of it and one.
     ``overlap``: gradients are reduced while the backward pass goes on (the engine's choice on a GPU), which at stage 1
-    changes their order.
+    changes their order. ``offload``: the optimizer's states are in host memory, where stage 3 adds up the gradient norm.
     """
 
     reduce_bucket: int | None = None
@@ -64,9 +64,10 @@ class Zero:
     max_reuse: int = 1_000_000_000
     sub_group: int = 1_000_000_000
     overlap: bool = False
+    offload: bool = False
 
 
-class _Tensor(NamedTuple):
+class StoredTensor(NamedTuple):
     """A stored parameter; ``elements`` with the flat layout's padding."""
 
     name: str
@@ -103,7 +104,7 @@ def traffic(
     ``gathered``: whether small tensors have been gathered before the first step, as at a resume and always with bf16;
     None: with bf16.
 
-    Offloaded parameters and optimizer states are not covered, nor what evaluations and checkpoints send between steps.
+    What evaluations and checkpoints send between steps is not covered.
     Raises ConfigError for an impossible stage, number or size.
     """
     _check(stage, world=world, dtype_bytes=dtype_bytes, accumulation=accumulation)
@@ -112,9 +113,9 @@ def traffic(
     if world == 1:
         return ()
     zero = zero or Zero()
-    stored = {name: _stored(name, specs, layout) for name, specs in units.items()}
+    stored = {name: stored_tensors(name, specs, layout) for name, specs in units.items()}
     if text:
-        stored["text"] = _stored("text", text, layout)
+        stored["text"] = stored_tensors("text", text, layout)
     bucket = zero.reduce_bucket or reduce_bucket(units, text=text, layout=layout)
     order = list(_ready_order(stored, layout))
     if stage in (1, 2) and (largest := max(tensor.elements for tensor in order)) > bucket:
@@ -158,6 +159,7 @@ def traffic(
             step=STEADY if step is None else step,
             gathered=dtype_bytes == 2 if gathered is None else gathered,
             sub_group=zero.sub_group,
+            norm_bytes=4 if zero.offload else 8,
         )
     return tuple(rows)
 
@@ -174,8 +176,8 @@ def total(rows: Iterable[Collective]) -> dict[Kind, tuple[int, int]]:
 def reduce_bucket(units: _Units, *, text: Sequence[ParamSpec] = (), layout: Layout = "flat") -> int:
     """Elements of the reduce bucket that the engine sets: the model as it is stored, at most 5e8, never less than a unit
     of the backbone."""
-    sizes = [sum(tensor.elements for tensor in _stored(name, specs, layout)) for name, specs in units.items()]
-    beside = sum(tensor.elements for tensor in _stored("text", text, layout))
+    sizes = [sum(tensor.elements for tensor in stored_tensors(name, specs, layout)) for name, specs in units.items()]
+    beside = sum(tensor.elements for tensor in stored_tensors("text", text, layout))
     return max(*sizes, min(STAGE0_BUCKET, sum(sizes) + beside))
 
 
@@ -207,15 +209,15 @@ def _control(world: int, logs: bool) -> list[Collective]:
 # -- what is stored ----------------------------------------------------------------------------------------------------
 
 
-def _stored(unit: str, specs: Sequence[ParamSpec], layout: Layout) -> tuple[_Tensor, ...]:
+def stored_tensors(unit: str, specs: Sequence[ParamSpec], layout: Layout) -> tuple[StoredTensor, ...]:
     """A unit's tensors in the order in which its module holds them; see ``models.packed``."""
     if layout == "named":
-        return tuple(_Tensor(spec.name, spec.numel, spec.decay) for spec in specs)
+        return tuple(StoredTensor(spec.name, spec.numel, spec.decay) for spec in specs)
     flats = []
     for decay in (True, False):
         sizes = [_up(spec.numel, ALIGN) for spec in specs if spec.decay == decay]
         if sizes:
-            flats.append(_Tensor(f"{unit}.{'decay' if decay else 'plain'}", sum(sizes), decay))
+            flats.append(StoredTensor(f"{unit}.{'decay' if decay else 'plain'}", sum(sizes), decay))
     return tuple(flats)
 
 
@@ -225,7 +227,7 @@ def _time_has_gradient(units: _Units) -> bool:
     return {"time.fc1.weight", "ada.weight"} <= names
 
 
-def _ready_order(stored: Mapping[str, Sequence[_Tensor]], layout: Layout) -> Iterator[_Tensor]:
+def _ready_order(stored: Mapping[str, Sequence[StoredTensor]], layout: Layout) -> Iterator[StoredTensor]:
     """All tensors in the order in which the backward pass has their gradients: units and layers from the last one back.
 
     In a unit's flat layout the tensor that is split off last comes first. Of named tensors a linear's bias comes before
@@ -236,7 +238,7 @@ def _ready_order(stored: Mapping[str, Sequence[_Tensor]], layout: Layout) -> Ite
         if layout == "flat":
             yield from reversed(stored[unit])
             continue
-        layers: dict[str, list[_Tensor]] = {}
+        layers: dict[str, list[StoredTensor]] = {}
         for tensor in stored[unit]:
             layers.setdefault(tensor.name.rpartition(".")[0] if "." in tensor.name else tensor.name, []).append(tensor)
         for layer in reversed(_used(unit, list(layers))):
@@ -267,9 +269,9 @@ def _filled(sizes: Iterable[int], limit: int) -> Iterator[int]:
         yield held
 
 
-def _packed(tensors: Iterable[_Tensor], limit: int) -> Iterator[list[_Tensor]]:
+def _packed(tensors: Iterable[StoredTensor], limit: int) -> Iterator[list[StoredTensor]]:
     """Neighbours together, closed before their elements would be above ``limit``."""
-    held, elements = list[_Tensor](), 0
+    held, elements = list[StoredTensor](), 0
     for tensor in tensors:
         if held and elements + tensor.elements > limit:
             yield held
@@ -284,9 +286,9 @@ def _packed(tensors: Iterable[_Tensor], limit: int) -> Iterator[list[_Tensor]]:
 
 
 def _stage3(
-    stored: Mapping[str, Sequence[_Tensor]],
-    groups: Sequence[Sequence[_Tensor]],
-    reductions: Sequence[Sequence[_Tensor]],
+    stored: Mapping[str, Sequence[StoredTensor]],
+    groups: Sequence[Sequence[StoredTensor]],
+    reductions: Sequence[Sequence[StoredTensor]],
     walk: zero3.Passes,
     limits: zero3.Limits,
     *,
@@ -296,6 +298,7 @@ def _stage3(
     step: int,
     gathered: bool,
     sub_group: int,
+    norm_bytes: int,
 ) -> list[Collective]:
     sizes = {unit: [tensor.elements for tensor in tensors] for unit, tensors in stored.items()}
     coordinator = zero3.Coordinator(sizes, walk, world, limits)
@@ -315,7 +318,7 @@ def _stage3(
     rows += _row("reduce_scatter", sums * accumulation, "gradients")
     shares = [[-(-tensor.elements // world) for tensor in group] for group in groups]
     norms = sum(1 if sum(group) <= sub_group else len(list(_filled(group, sub_group - 1))) for group in shares)
-    rows += _row("all_reduce", [8] * norms, "gradient norm")
+    rows += _row("all_reduce", [norm_bytes] * norms, "gradient norm")
     rows += _row("all_gather", [dtype_bytes * elements for elements in updated], "updated small weights")
     entered, used = len(walk.calls), sum(len(sizes[call.unit]) for call in walk.calls if call.unit)
     for micro in range((step - 1) * accumulation, step * accumulation):

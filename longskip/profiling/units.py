@@ -12,7 +12,9 @@ _SPANS = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
 
 def exact(value: float | None) -> str:
     """An integer with its thousands set apart: ``1,141,380``."""
-    return NONE if value is None else f"{value:,.0f}"
+    if value is None:
+        return NONE
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}"  # as a float an integer would lose its end
 
 
 def count(value: float | None) -> str:

@@ -83,6 +83,7 @@ class Coordinator:
             first += len(own)
         self.small = {index for index, size in enumerate(self.sizes) if size <= limits.persistence}
         self.available: set[int] = set()
+        self.most = 0  # elements that were gathered at once in the last backward pass that was walked through
         self.micro_batches = 0
         # DeepSpeed decides once for each place in the order what to let go of there, and remembers it.
         self._let_go: dict[int, frozenset[int]] = {}
@@ -117,6 +118,7 @@ class Coordinator:
         self._end()
 
     def _ordered(self) -> Iterator[Gather]:
+        self.most = 0
         queue = deque((index, at) for at, call in enumerate(self.walk.calls) for index in self.of[call.unit])
         reached: dict[int, int] = {}  # tensor → the furthest call for which the queue has given it out
         live = 0
@@ -137,6 +139,8 @@ class Coordinator:
                     elements += self.sizes[index]
             live += elements
             yield from self._gather(ahead, call, True)
+            if call.backward:
+                self.most = max(self.most, sum(self.padded[index] for index in self.available))
             if call.ends:
                 if at not in self._let_go:
                     self._let_go[at] = self._not_needed_soon(at, reached)

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -256,6 +257,19 @@ def test_closing_leaves_no_thread_and_no_process(folder):
     read.close()
     assert multiprocessing.active_children() == []
     read.close()
+
+
+def test_too_little_shared_memory_is_refused_before_it_is_written(folder, monkeypatch):
+    """Memory that is not there would end the process with a signal at the first write, as in a container's 64 MB."""
+    there = os.statvfs("/dev/shm")
+    little = SimpleNamespace(f_bavail=3, f_frsize=there.f_frsize)
+    monkeypatch.setattr(os, "statvfs", lambda path: little)
+    read = reader(folder, workers=2)
+    with pytest.raises(DataError, match=r"hand batches over in \d+ MiB of shared memory; /dev/shm has 0 MiB") as caught:
+        next(read)
+    assert "--shm-size" in (caught.value.cure or "") and multiprocessing.active_children() == []
+    with reader(folder, workers=0) as read:
+        next(read)
 
 
 def test_spawned_workers_read_the_same(folder, straight):

@@ -14,6 +14,7 @@ import torch
 
 from longskip.errors import BackendError
 from longskip.kernels import jit
+from longskip.kernels.attention_triton import HEAD_DIMS
 from longskip.profiling import static
 from longskip.profiling.kernel_cases import CASES
 
@@ -63,6 +64,57 @@ def test_every_kernel_is_the_one_of_the_report() -> None:
     # K and V of a head stay in shared memory on Hopper only; elsewhere that kernel would spill, and is never taken.
     assert targets == everywhere - {("_attention_forward_resident", target) for target in (80, 100)}
     assert report["faults"] == []
+
+
+def test_the_report_holds_every_form_of_attention() -> None:
+    """Plain, masked and packed, of every head dim that the kernels take, on every target."""
+    rows = static.rows_of(json.loads(REPORT.read_text()))
+    short = {head_dim for head_dim in HEAD_DIMS if head_dim <= 64}
+    for kernel, dims in (
+        ("_attention_forward", set(HEAD_DIMS)),
+        ("_attention_backward_keys", set(HEAD_DIMS)),
+        ("_attention_backward_queries", set(HEAD_DIMS)),
+        ("_attention_backward_short", short),
+    ):
+        for target in jit.TARGETS:
+            found = [row for row in rows if row["kernel"] == kernel and row["target"] == target and row["default"]]
+            for form in ("*uint8", "*int64"):
+                head_dims = {
+                    int(part.removeprefix("HEAD_DIM="))
+                    for row in found
+                    if form in row["signature"].split()
+                    for part in row["constants"].split()
+                    if part.startswith("HEAD_DIM=")
+                }
+                assert head_dims == dims, (kernel, target, form)
+
+
+def test_packed_attention_is_compiled_with_its_offsets() -> None:
+    """The first and the longest case of the op: the short backward with one stage of loads, and the two long kernels."""
+    first, longest = (case for case in static.covering() if case.op == "attention_varlen")
+    found = static.launches(first, 90, torch.float16)
+    assert [launch.kernel.__name__ for launch in found] == ["_attention_forward", "_attention_backward_short"]
+    assert found[1].constants["num_stages"] == 1
+    for launch in found:
+        offsets = [a for a in launch.arguments if isinstance(a, torch.Tensor) and a.dtype == torch.int64]
+        assert [offset.numel() for offset in offsets] == [len(first.lengths) + 1] * 2
+    assert [launch.grid for launch in found] == [
+        (64 * 16 * jit.cdiv(334, 128),),
+        (2 * jit.TARGETS[90].multiprocessors,),
+    ]
+    assert {launch.kernel.__name__ for launch in static.launches(longest, 90, torch.float16)} == {
+        "_attention_forward", "_attention_delta", "_attention_backward_keys", "_attention_backward_queries",
+    }  # fmt: skip
+
+
+def test_tuned_constants_of_packed_and_masked_calls_are_kept_apart() -> None:
+    """A table's entry for one form is none for another: their registers differ."""
+    buckets = {}
+    for case in (c for c in CASES if c.op.startswith("attention") and "Dh64" in c.label and c.x == 334):
+        with static.tables.recorded() as asked:
+            static.launches(case, 90, torch.float16)
+        buckets[case.id] = {where for kernel, where in asked if kernel == "_attention_backward_short"}
+    assert len(buckets) == 3 and len(set().union(*buckets.values())) == 3, buckets
 
 
 def test_launches_are_captured_with_the_arguments_of_the_call() -> None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import torch
 from longskip import kernels
 from longskip.errors import BackendError, LongskipError
 from longskip.kernels import backends, tables
-from longskip.profiling import bench, bench_render, bench_timing, bench_tuning
-from longskip.profiling.bench_providers import Provider, by_backend
-from longskip.profiling.kernel_cases import CASES, KernelCase
+from longskip.profiling import bench, bench_packed, bench_render, bench_timing, bench_tuning
+from longskip.profiling.bench_packed import PADDED
+from longskip.profiling.bench_providers import Provider, by_backend, flash_attn, xformers
+from longskip.profiling.kernel_cases import CASES, SWEEP, TOKENS, KernelCase
 
 CPU = torch.device("cpu")
 LIMITS = {"matmul_tflops": 1.0, "copy_gbps": 10.0}
@@ -100,9 +102,118 @@ def test_every_case_names_what_its_op_takes() -> None:
         with kernels.use("torch"):
             outputs = case.call(leaves, extra)
         torch.autograd.grad(outputs, list(leaves.values()), [torch.empty_like(o) for o in outputs], allow_unused=True)
-        small = bench.smaller(case, 1)
-        assert all(shape[0] == 1 for name, shape in small.inputs.items() if len(shape) > 2), case.id
-    assert {case.op for case in CASES} == set(backends._FAMILY_OF) - {"adamw", "attention_varlen"}
+        small = case.smaller(1)
+        if case.lengths:
+            assert small.inputs["q"][0] == sum(small.lengths) and small.lengths == case.lengths[:3], case.id
+        else:
+            assert all(shape[0] == 1 for name, shape in small.inputs.items() if len(shape) > 2), case.id
+    assert {case.op for case in CASES} == set(backends._FAMILY_OF) - {"adamw"}
+    assert len({case.id for case in (*CASES, *SWEEP)}) == len(CASES) + len(SWEEP)
+
+
+def test_packed_samples_have_different_lengths_in_their_ranges() -> None:
+    for case in CASES:
+        if case.op == "attention_varlen":
+            _, extra = case.tensors(torch.device("meta"), torch.float32)
+            assert extra["cu_seqlens"].diff().tolist() == list(case.lengths)
+            assert len(set(case.lengths)) > len(case.lengths) // 2 and max(case.lengths) == case.x
+    (short,) = (case.lengths for case in CASES if case.id == "attention_varlen-captions334-Dh64-H16-S64")
+    assert all(1 + 256 + 8 <= length <= 1 + 256 + 77 for length in short)
+
+
+def test_the_sweep_is_a_line_of_tokens_at_one_amount_of_work() -> None:
+    line = [case for case in (*CASES, *SWEEP) if case.series == SWEEP[0].series]
+    assert sorted(case.x for case in line) == list(TOKENS)
+    for case in line:
+        batch, tokens, _, heads, head_dim = case.inputs["q"]
+        assert (heads, head_dim) == (16, 64) and abs(batch * tokens - 16384) <= tokens / 2
+    assert bench.chosen_cases(["attention"], ["T512"], sweep=True) and SWEEP[-1] not in bench.chosen_cases([], [])
+    with pytest.raises(BackendError, match="no case of that name"):
+        bench.chosen_cases(["attention"], ["T512"], sweep=False)
+
+
+PACKED = KernelCase("attention_varlen", "tiny", "tokens", 64, {"q": (126, 3, 2, 32)}, lengths=(37, 5, 64, 20))
+
+
+@pytest.mark.parametrize(
+    "rival", [Provider("padded", "x", bench_packed.padded, layout=PADDED), Provider("nested", "x", bench_packed.nested)],
+    ids=lambda rival: rival.name,
+)  # fmt: skip
+def test_rivals_of_packed_attention_compute_the_same(rival: Provider) -> None:
+    found = rows(rival, PACKED)
+    assert [row.get("failed") for row in found] == [None] * 3
+    pairs = sum(length**2 for length in PACKED.lengths)
+    assert [row["flops"] for row in found] == [4 * 2 * 32 * pairs, 8 * 2 * 32 * pairs, 12 * 2 * 32 * pairs]
+    assert isinstance(rival.make(TINY), str)
+
+
+def test_a_padded_rival_that_attends_to_padding_gets_no_time() -> None:
+    def make(case: KernelCase) -> Any:
+        def call(leaves: Any, extra: Any) -> tuple[torch.Tensor, ...]:
+            q, k, v = (t.transpose(1, 2) for t in leaves["q"].unbind(2))
+            return (torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2),)
+
+        return call
+
+    (row,) = rows(Provider("padded", "x", make, layout=PADDED), PACKED)
+    assert "ms" not in row and row["failed"].startswith("out0: error")
+
+
+def test_torchs_call_with_offsets_takes_the_case() -> None:
+    leaves, extra = PACKED.tensors(torch.device("meta"), torch.bfloat16)
+    call = bench_packed.by_offsets(PACKED)
+    assert not isinstance(call, str)
+    (out,) = call(leaves, extra)
+    (grad,) = torch.autograd.grad(out, leaves["q"], torch.empty_like(out))
+    assert out.shape == (126, 2, 32) and grad.shape == leaves["q"].shape
+
+
+def test_flash_attn_and_xformers_are_handed_what_packed_attention_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins with the packages' signatures, which compute by our definition."""
+
+    def flash(qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> torch.Tensor:
+        assert cu_seqlens.dtype == torch.int32 and max_seqlen == max(cu_seqlens.diff().tolist())
+        return kernels.attention_varlen(qkv, cu_seqlens=cu_seqlens)
+
+    class Blocks:
+        @staticmethod
+        def from_seqlens(lengths: Any, *, device: torch.device) -> torch.Tensor:
+            return torch.tensor((0, *lengths), device=device).cumsum(0)
+
+    def efficient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, attn_bias: torch.Tensor) -> torch.Tensor:
+        return kernels.attention_varlen(q[0], k[0], v[0], cu_seqlens=attn_bias)[None]
+
+    stand_ins = {
+        "flash_attn": {"flash_attn_varlen_qkvpacked_func": flash},
+        "xformers": {},
+        "xformers.ops": {"memory_efficient_attention": efficient},
+        "xformers.ops.fmha": {},
+        "xformers.ops.fmha.attn_bias": {"BlockDiagonalMask": Blocks},
+    }
+    for name, members in stand_ins.items():
+        module = types.ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    for make in (flash_attn, xformers):
+        found = rows(Provider(make.__name__, "x", make), PACKED)
+        assert [row.get("failed") for row in found] == [None] * 3
+
+
+def test_the_bucket_that_is_written_for_packed_attention_is_the_one_that_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = sys.modules["longskip.kernels.attention"]
+    resolve, asked = module.resolve, []
+    monkeypatch.setattr(module, "resolve", lambda *found: asked.append(found[3]) or resolve(*found))
+    PACKED.call(*PACKED.tensors(CPU, torch.float32))
+    found = [
+        {"op": "attention_varlen", "case": "tiny", "mode": "both", "provider": name, "ms": {"median": ms}}
+        for name, ms in (("triton", 1.0), ("torch", 2.0))
+    ]
+    table = bench_tuning.fastest(found, [PACKED], torch.float32)
+    where = "float32 queries=32 keys=32 heads=2 head_dim=32"  # 126 tokens in 4 sequences
+    assert tables.bucket(torch.float32, asked[0]) == where
+    assert table["attention_varlen"] == {where: {"backend": "triton", "milliseconds": {"triton": 1.0, "torch": 2.0}}}
 
 
 def test_the_command_writes_json_and_csv_and_the_pages_are_made_of_them(tmp_path: Path) -> None:
@@ -122,6 +233,47 @@ def test_the_command_writes_json_and_csv_and_the_pages_are_made_of_them(tmp_path
     assert {path.name for path in written} == {"roofline.png", "adaln.png", "index.html"}
     page = written[-1].read_text()
     assert "claim nothing about speed" in page and page.count("data:image/png;base64,") == 2
+
+
+def measured(provider: str, x: int, ms: float, **changes: Any) -> dict[str, Any]:
+    row = {
+        "op": "attention", "case": f"T{x}", "x_name": "tokens", "x": x, "series": "16 heads", "sweep": True, "dtype": "bfloat16",
+        "provider": provider, "version": "1", "ours": provider == "triton", "mode": "forward", "flops": 4 * x,
+        "bytes": x, "gbps": 1.0, "copy_share": 0.1, "tflops": 1.0, "matmul_share": 0.25, "error_share": 0.5,
+        "ms": {"median": ms, "p20": 0.9 * ms, "p80": 1.2 * ms},
+    }  # fmt: skip
+    return row | changes
+
+
+def test_three_sizes_of_a_series_make_a_line_of_their_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: dict[str, Figure] = {}
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: drawn.update({Path(path).name: self}) or save(self, path))
+    sizes = {512: 2.0, 128: 0.5, 2048: 8.0}  # in whatever order they were measured
+    rows = [
+        measured(name, x, ms * factor, matmul_share=0.25 / factor)
+        for name, factor in (("triton", 1), ("torch", 3))
+        for x, ms in sizes.items()
+    ]
+    rows += [measured("triton", x, 1.0, series="two sizes only") for x in (128, 256)]
+    rows += [measured("torch", 334, 1.0, op="mlp", case="one", series="", sweep=False)]
+    result = {
+        "command": "c", "commit": "x", "date": "d", "device": "D", "versions": {}, "missing": {}, "claim": True,
+        "dtype": "bfloat16", "repeats": 3, "ceilings": {"matmul_tflops": 4.0, "copy_gbps": 10.0}, "rows": rows,
+    }  # fmt: skip
+    (tmp_path / "k.json").write_text(json.dumps(result))
+    written = [path.name for path in bench_render.render(tmp_path / "k.json")]
+    assert written == ["roofline.png", "attention-lines.png", "mlp.png", "index.html"]
+    (panel,) = drawn["attention-lines.png"].axes
+    assert (panel.get_xscale(), panel.get_yscale(), panel.get_xlabel()) == ("log", "log", "tokens")
+    lines = {line.get_label(): [list(map(float, values)) for values in line.get_data()] for line in panel.get_lines()}
+    assert lines == {
+        "at this run's ceiling": [[128, 512, 2048], [0.125, 0.5, 2.0]],  # ours ran at a quarter of it
+        "triton": [[128, 512, 2048], [0.5, 2.0, 8.0]],
+        "torch": [[128, 512, 2048], [1.5, 6.0, 24.0]],
+    }
 
 
 def test_rendering_refuses_what_is_no_result(tmp_path: Path) -> None:

@@ -21,9 +21,12 @@ from tests.tiny_encoders import tiny_clip, tiny_clip_text, tiny_t5, tiny_vae
 
 SD_WIDTHS = (128, 256, 512, 512)
 # As published: the text halves of OpenAI's CLIP L/14 and of OpenCLIP H/14 (without its last layer, as Stable Diffusion 2
-# takes it), and the encoder of T5 v1.1 XXL.
+# takes it), and the encoders of T5 v1.1 small, whose heads together are narrower than the model, and XXL.
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
+T5_SMALL = {
+    "d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 6, "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
 T5_XXL = {
     "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu",
 }  # fmt: skip
@@ -162,6 +165,7 @@ def test_random_clip(data: st.DataObject) -> None:
 
 def test_published_text_encoders() -> None:
     for name, model, tokens in (
+        ("T5 v1.1 small", t5("meta", **T5_SMALL), 120),
         ("T5 v1.1 XXL", t5("meta", **T5_XXL), 120),
         ("CLIP L/14", clip("meta", **CLIP_L), 77),
         ("OpenCLIP H/14", clip("meta", **CLIP_H), 77),
@@ -200,6 +204,8 @@ def test_what_a_config_leaves_out_has_the_librarys_default() -> None:
     assert vae == encoder_cost({"_class_name": "AutoencoderKL", **AutoencoderKL().config}, pixels=(8, 8))
     for name, config in (("t5", T5Config()), ("clip_text_model", CLIPTextConfig())):
         assert encoder_cost({"model_type": name}, tokens=7) == encoder_cost(stored(config), tokens=7)
+    projected = encoder_cost({"model_type": "clip_text_model"}, tokens=7, projection=True)
+    assert projected == encoder_cost(stored(CLIPTextConfig()), tokens=7, projection=True)
     aliased = {"hidden_size": 24, "num_attention_heads": 3, "head_dim": 5, "num_hidden_layers": 2}
     assert encoder_cost({"model_type": "t5", **aliased}, tokens=7) == encoder_cost(
         stored(T5Config(**aliased)), tokens=7

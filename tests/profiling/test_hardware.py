@@ -264,6 +264,12 @@ def test_a_damaged_file_of_the_user_is_told_and_not_passed_over() -> None:
         lookup("NVIDIA H200")
 
 
+def test_the_example_of_the_documentation_is_read(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "hardware.md").read_text("utf-8")
+    path = write(tmp_path / "mine.yaml", page.partition("```yaml\n")[2].partition("```")[0])
+    assert find("rtx6000ada", path).watts == 300 and find_network("my-net", path).per == "gpu"
+
+
 def test_adding_a_device_replaces_its_row_and_keeps_the_others() -> None:
     path = user_file()
     hardware_file.add_device(MINE, path)

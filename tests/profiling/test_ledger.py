@@ -188,6 +188,30 @@ def test_mfu_of_the_sums_is_the_mean_over_time() -> None:
     assert got.images_per_second == pytest.approx(960 / 54)
 
 
+def test_a_ledger_of_before_communication_was_measured_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    append(path, LINE)
+    body = json.loads(path.read_text())
+    del body["communication_seconds"]
+    path.write_text(json.dumps(body) + "\n")
+    assert read(path) == LedgerFile((LINE,), 0) and LINE.communication_seconds is None
+    append(path, replace(LINE, from_step=10, step=20, seconds=4.0, communication_seconds=1.0))
+    append(path, replace(LINE, from_step=20, step=30, seconds=6.0, communication_seconds=3.0))
+    append(path, replace(LINE, from_step=30, step=40, seconds=0.0, communication_seconds=0.0))
+    got = sums(read(path).entries).committed
+    assert got.communication_seconds == 4.0 and got.communication_share == 0.4  # of the lines that know it
+    nothing = sums([LINE]).committed
+    assert nothing.communication_seconds is None and nothing.communication_share is None
+
+
+@pytest.mark.parametrize("value", ["1", True, [1.0], "Infinity"])
+def test_communication_of_the_wrong_kind_costs_the_line(tmp_path: Path, value: object) -> None:
+    path = tmp_path / "ledger.jsonl"
+    append(path, LINE)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "communication_seconds": value}) + "\n")
+    assert read(path) == LedgerFile((), 1)
+
+
 def test_nothing_is_a_ledger_too_and_a_gap_is_seen(tmp_path: Path) -> None:
     empty = sums(read(tmp_path / "none.jsonl").entries)
     assert empty.goodput is None and empty.committed.images_per_second is None and empty.last_step == 0

@@ -68,6 +68,27 @@ def test_no_time_is_lost_between_intervals() -> None:
     assert sum(seconds) == next(ticks) - 1  # up to the last look, from the first one at 0
 
 
+def test_communication_is_a_part_of_the_interval_or_unknown() -> None:
+    clock = Clock()
+    meter = Meter(device_name="cpu", clock=clock)
+    counts = dict.fromkeys(("images", "image_tokens", "tokens", "model_flops", "hardware_flops", "six_nd"), 1)
+    for seconds in (0.5, 0.75):
+        meter.add(**counts, communication=seconds)
+    clock.now += 5.0
+    got = meter.interval()
+    assert (got.communication_seconds, got.communication_share) == (1.25, 0.25)
+    assert got.line(attempt=1, loss=None).communication_seconds == 1.25
+    meter.add(**counts, communication=0.0)
+    clock.now += 1.0
+    none_at_all = meter.interval()
+    assert (none_at_all.communication_seconds, none_at_all.communication_share) == (0.0, 0.0)
+    meter.add(**counts)
+    clock.now += 1.0
+    unknown = meter.interval()
+    assert (unknown.communication_seconds, unknown.communication_share) == (None, None)
+    assert unknown.line(attempt=1, loss=None).communication_seconds is None
+
+
 def test_an_unknown_device_has_no_mfu_and_says_why() -> None:
     clock = Clock()
     meter = Meter(device_name="AMD EPYC 7B13", dtype="bf16", clock=clock)

@@ -72,6 +72,27 @@ def test_the_figures_stand_in_the_page(tmp_path: Path, run_maker) -> None:
     assert {"figures", "samples", "scores", "curves", "speed", "ledger", "config", "environment"} <= page.ids()
 
 
+def test_time_in_collectives_stands_beside_the_wait_for_data(tmp_path: Path, run_maker) -> None:
+    unknown = run_maker(tmp_path / "unknown")
+    _, page = render(unknown)
+    assert f"Communication {units.NONE} not measured" in page.text and "In collectives" not in page.text
+    known = run_maker(tmp_path / "known")
+    for name, field, value in (
+        ("ledger.jsonl", "communication_seconds", 0.05),
+        ("metrics.jsonl", "time/communication(%)", 25.0),
+    ):
+        rows = [json.loads(line) for line in (known / name).read_text().splitlines()]
+        rows = [row | {field: value} if "seconds" in row or "lr" in row else row for row in rows]
+        (known / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, page = render(known)
+    assert "Communication 25.0% of the wall time in collectives" in page.text
+    assert "In collectives 0.2 s" in page.text  # committed: 4 intervals of 50 ms
+    charts = chart_data([RunLog.open(known)], ["known"])["charts"]
+    assert charts["communication"][0]["y"] == [25.0] * 4 and any(
+        attributes.get("data-chart") == "communication" for _, attributes in page.elements
+    )
+
+
 def test_resumes_are_named_where_there_were_any(tmp_path: Path, run_maker) -> None:
     resumed, unbroken = run_maker(tmp_path / "a"), run_maker(tmp_path / "b")
     lines = (unbroken / "ledger.jsonl").read_text().splitlines(keepends=True)
@@ -203,9 +224,9 @@ def test_figures_of_a_judged_and_an_unjudged_run_stand_in_one_table(tmp_path: Pa
     judged, plain = run_maker(tmp_path / "a"), run_maker(tmp_path / "b")
     shutil.rmtree(plain / "eval")
     rows = figure_rows([RunLog.open(judged), RunLog.open(plain)])
-    assert len(rows) == 12 and all(row[0].label == row[1].label for row in rows)
+    assert len(rows) == 13 and all(row[0].label == row[1].label for row in rows)
     assert (rows[0][0].value, rows[0][1].value) == ("80.0%", units.NONE)
-    assert len(figure_rows([RunLog.open(plain)])) == 10
+    assert len(figure_rows([RunLog.open(plain)])) == 11
 
 
 def test_the_report_needs_no_torch(tmp_path: Path, run_maker) -> None:

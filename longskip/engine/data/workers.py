@@ -31,9 +31,29 @@ from longskip.errors import DataError, LongskipError
 Coordinates = tuple[np.ndarray, np.ndarray, tuple[int, int] | None]
 """Epochs, samples, and the bucket (H, W) in pixels that they are of."""
 
+SHARED_MEMORY = "/dev/shm"  # where Python's multiprocessing keeps shared arrays
 _ALIGN = 64
 _PIPE = 1 << 16  # bytes that a pipe holds without being read, at the least
 _SMALL = 4096  # bytes per sample for the tensors that are not large
+
+
+def _room_for(n_bytes: int) -> None:
+    """Raise DataError where shared memory does not hold ``n_bytes``: it is taken when it is written, by a fatal signal.
+
+    Python asks for every piece by itself whether there is room, and does not know of the others.
+    """
+    try:
+        state = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return  # none here: Python takes files in the folder for temporary ones
+    free = state.f_bavail * state.f_frsize
+    if n_bytes > free:
+        raise DataError(
+            f"the data workers hand batches over in {n_bytes / 2**20:.0f} MiB of shared memory; {SHARED_MEMORY} has "
+            f"{free / 2**20:.0f} MiB free",
+            cure="more of it (docker run --shm-size=1g, an emptyDir of medium Memory in Kubernetes), fewer data.workers or "
+            "a smaller train.micro_batch, or data.workers: 0, which needs none",
+        )
 
 
 class Workers:
@@ -60,7 +80,9 @@ class Workers:
         size = (assembler.batch_bytes(micro) + micro * _SMALL) // _ALIGN * _ALIGN + 64 * _ALIGN
         # Neither side may wait to be read while the other does: tasks under way must fit into the pipe, or be one.
         ahead = min(ahead, max(1, _PIPE // (16 * micro + 1024)))
-        shared = [context.RawArray("B", size) for _ in range(count * ahead + held + 1)]
+        slots = count * ahead + held + 1
+        _room_for(slots * size)
+        shared = [context.RawArray("B", size) for _ in range(slots)]
         self._slots = [np.frombuffer(memory, np.uint8) for memory in shared]
         self._free = deque(range(len(shared)))
         self._walk = walk

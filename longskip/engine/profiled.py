@@ -1,0 +1,104 @@
+"""What ``longskip profile CONFIG`` profiles: the step of one rank that a configuration describes (no torch)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from longskip.engine import encoderfiles
+from longskip.engine.config import Config
+from longskip.errors import ConfigError, EncoderError
+from longskip.profiling.subjects import Subject
+
+__all__ = ["ENCODERS", "subject_of"]
+
+ENCODERS = ("auto", "online", "stored")
+_INDEX_BYTES = 1 << 28
+
+
+def subject_of(config: Config, name: str, encoders: str = "auto") -> Subject:
+    """Backbone, text encoder, precision, kernels and checkpointing of ``config``; the batch is a rank's micro-batch.
+
+    Without ``train.micro_batch`` that is what one rank alone would take. ``encoders``: whether frozen encoders run in the
+    step (``online``) or their features lie in the data (``stored``); ``auto`` looks at the data. EncoderError for an
+    encoder that is to run and has no folder.
+    """
+    notes = []
+    train, text = config.train, config.encoders.text
+    micro = train.micro_batch or config.batch(1).micro
+    if not train.micro_batch:
+        notes.append("train.micro_batch is not set: the batch is that of one rank alone")
+    kernels = {op: backend.removeprefix("require:") for op, backend in config.kernels.by_op().items()}
+    if "auto" in kernels.values():
+        notes.append("kernels.backend auto counts as torch here: a device decides it; --kernels triton counts ours")
+    if config.buckets:
+        height, width = config.resolution
+        notes.append(f"data.buckets has other sizes as well; this is {height}x{width}")
+    running, why = _running(config, encoders)
+    notes += why
+    return Subject(
+        name=name,
+        spec=config.backbone(),
+        factor=config.factor,
+        batch=micro,
+        precision=train.dtype,
+        checkpointing=config.engine.checkpointing,
+        kernels={op: "torch" if backend == "auto" else backend for op, backend in kernels.items()},
+        text=config.text_encoder(text.vocabulary),
+        masked=text.frozen,
+        encoders=running,
+        # DDPM's target is made beforehand, and its loss taken as an x-prediction's (engine/diffusion.py).
+        x_kind=config.diffusion.prediction == "x" or config.diffusion.objective == "ddpm",
+        clip=config.optim.clip > 0,
+        preset=config.model.preset,
+        notes=tuple(notes),
+    )
+
+
+def _running(config: Config, asked: str) -> tuple[dict[str, Mapping[str, Any]], list[str]]:
+    """The config.json of the frozen encoders that run in a step, and what has to be said of the choice."""
+    if asked not in ENCODERS:
+        raise ConfigError(f"--encoders {asked!r}", cure=f"one of {', '.join(ENCODERS)}")
+    vae, text = config.encoders.vae, config.encoders.text
+    frozen = {"vae": vae.path} if vae.kind == "vae" else {}
+    frozen |= {"text": text.path} if text.frozen else {}
+    if asked == "stored" or not frozen:
+        return {}, []
+    if asked == "auto":
+        stored = _stored(config)
+        if stored is None:
+            return {}, ["the data are not here: their features count as stored; --encoders online counts the encoders"]
+        frozen = {part: path for part, path in frozen.items() if part not in stored}
+    found: dict[str, Mapping[str, Any]] = {}
+    for part, path in frozen.items():
+        if path is None:
+            raise EncoderError(
+                f"encoders.{part}.path is not set, and the encoder is to run in every step",
+                cure="name its folder, or --encoders stored",
+            )
+        files = encoderfiles.vae_files(path) if part == "vae" else encoderfiles.text_files(path)
+        found[part] = files.settings
+    return found, []
+
+
+def _stored(config: Config) -> set[str] | None:
+    """The encoders whose features lie in all of the data; None where the data are not on this machine."""
+    parts = {"vae", "text"}
+    for path in [each.path for each in config.data.mix] or [config.data.path]:
+        folder = Path(path)
+        if not path or "://" in path or not folder.exists():
+            return None
+        parts &= _indexed(folder / "index.json")
+    return parts
+
+
+def _indexed(index: Path) -> set[str]:
+    """What an index says of encoders; a folder of pictures has none."""
+    try:
+        tree = json.loads(index.read_text("utf-8")) if index.stat().st_size <= _INDEX_BYTES else {}
+    except (OSError, ValueError):
+        return set()
+    encoders = tree.get("encoders") if isinstance(tree, dict) else None
+    return set(encoders) if isinstance(encoders, dict) else set()

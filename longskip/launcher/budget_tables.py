@@ -1,0 +1,260 @@
+"""Budgets, plans and fits as tables for people (rich)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from longskip.profiling import units
+from longskip.profiling.laws import LANGUAGE_LAWS
+
+if TYPE_CHECKING:
+    from longskip.profiling.budget import Amount, RunBudget
+    from longskip.profiling.budget_plan import Plan
+    from longskip.profiling.budget_plots import Fit
+    from longskip.profiling.laws import Optimum
+
+_AMOUNTS = (
+    ("steps", "steps", units.exact),
+    ("images", "images", units.count),
+    ("image_tokens", "image tokens", units.count),
+    ("tokens", "tokens D", units.count),
+    ("model_flops", "model FLOPs C", units.scientific),
+    ("hardware_flops", "hardware FLOPs", units.scientific),
+    ("six_nd", "6ND", units.scientific),
+    ("seconds", "wall time", units.duration),
+    ("device_hours", "device hours", lambda value: _amount(value)),
+)
+
+_SHORT = {
+    "six_nd": "6ND",
+    "image_tokens": "6ND image",
+    "kaplan": "Kaplan",
+    "kaplan_context": "with context",
+    "chinchilla": "Chinchilla",
+}
+
+
+def print_report(budgets: Sequence[RunBudget], result: Mapping[str, Any]) -> None:
+    console = Console(highlight=False)
+    if len(budgets) == 1:
+        _one_run(console, budgets[0])
+    else:
+        _all_runs(console, budgets, result["total"])
+    for file in result.get("files", ()):
+        console.print(str(file), markup=False, soft_wrap=True)
+
+
+def _one_run(console: Console, budget: RunBudget) -> None:
+    of_them = f" ({units.count(budget.params_token)} act on every token)" if budget.params_token else ""
+    console.print(
+        f"[bold]{escape(budget.name)}[/bold]  {budget.status or 'status unknown'}, N = {units.count(budget.params)}{of_them}, "
+        f"{escape(', '.join(budget.devices))}, {budget.attempts} attempt{'s' if budget.attempts != 1 else ''}",
+        soft_wrap=True,
+    )
+    table = _table("", "committed", "spent", "redone")
+    for key, label, short in _AMOUNTS:
+        amount = budget.amounts[key]
+        table.add_row(label, *(short(value) for value in (amount.committed, amount.spent, amount.redone)))
+    if budget.money is not None:
+        table.add_row(f"money, {escape(budget.currency)}", *_three(budget.money, _money))
+    if budget.energy_kwh is not None:
+        table.add_row("energy, kWh", *_three(budget.energy_kwh, _amount))
+    console.print(table)
+    table = _table("device time spent on", "hours", "share")
+    for use in budget.uses:
+        table.add_row(use.name, _amount(use.device_hours), units.share(use.share))
+    console.print(table)
+    table = _table("accounting", "N", "D", "FLOPs", "exact ÷ it")
+    for account in budget.accounts:
+        counted = (units.count(account.params) if account.params is not None else "by op", units.count(account.tokens))
+        table.add_row(account.label, *counted, units.scientific(account.flops, 4), f"{account.exact_share:.4f}")
+    console.print(table)
+    rates = f"goodput {units.share(budget.goodput)}, "
+    rates += (
+        f"MFU {units.share(budget.mfu)}, HFU {units.share(budget.hfu)}" if budget.mfu is not None else "MFU unknown"
+    )
+    console.print(rates, soft_wrap=True)
+    if budget.money is None:
+        console.print("money unknown: give --price-per-hour, or set budget.price_per_device_hour", soft_wrap=True)
+    for line in _remarks(budget):
+        console.print(escape(line), soft_wrap=True)
+
+
+def _remarks(budget: RunBudget) -> list[str]:
+    return [f"energy: {budget.energy_note}", *(f"note: {note}" for note in budget.notes)]
+
+
+def _all_runs(console: Console, budgets: Sequence[RunBudget], total: Mapping[str, Any]) -> None:
+    table = _table(
+        "run", "N", "images", "tokens", "C spent", "C ÷ 6ND", "device h", "redone", "data", "money", "kWh", "loss"
+    )
+    for budget in budgets:
+        uses = {use.name: use for use in budget.uses}
+        six_nd = next(account for account in budget.accounts if account.name == "six_nd")
+        table.add_row(
+            escape(budget.name),
+            units.count(budget.params),
+            units.count(budget.amounts["images"].committed),
+            units.count(budget.amounts["tokens"].committed),
+            units.scientific(budget.amounts["model_flops"].spent),
+            f"{six_nd.exact_share:.4f}",
+            _amount(budget.amounts["device_hours"].spent),
+            units.share(uses["redone after a resume"].share),
+            units.share(uses["waiting for data"].share),
+            units.NONE if budget.money is None else f"{_money(budget.money.spent)} {escape(budget.currency)}",
+            _amount(None if budget.energy_kwh is None else budget.energy_kwh.spent),
+            units.NONE if budget.loss is None else f"{budget.loss:.4f}",
+        )
+    spent = {name: None if amount is None else amount["spent"] for name, amount in total.items()}
+    money = units.NONE if spent["money"] is None else f"{_money(spent['money'])} {escape(budgets[0].currency)}"
+    table.add_section()
+    table.add_row("total", "", "", "", units.scientific(spent["model_flops"]), "", _amount(spent["device_hours"]), "", "",
+                  money, _amount(spent["energy_kwh"]), "")  # fmt: skip
+    _print_whole(console, table)
+    names = [account.name for account in max((budget.accounts for budget in budgets), key=len)]
+    table = _table("exact model FLOPs ÷", *(_SHORT[name] for name in names[1:]))
+    for budget in budgets:
+        shares = {account.name: f"{account.exact_share:.4f}" for account in budget.accounts}
+        table.add_row(escape(budget.name), *(shares.get(name, units.NONE) for name in names[1:]))
+    console.print(table)
+    for budget in budgets:
+        for line in _remarks(budget):
+            console.print(f"{escape(budget.name)}: {escape(line)}", soft_wrap=True)
+
+
+def print_plan(plan: Plan) -> None:
+    console, best, law = Console(highlight=False), plan.optimum, plan.law
+    console.print(
+        f"[bold]C = {units.scientific(plan.flops, 4)} training FLOPs[/bold], by {escape(law.source)}", soft_wrap=True
+    )
+    console.print(
+        f"N_opt {units.count(best.params)} parameters · D_opt {units.count(best.tokens)} {law.tokens} tokens"
+        f"{'' if law.tokens == 'image' else ' (time, text and image)'}",
+        soft_wrap=True,
+    )
+    whose = "a language model's loss" if law.name in LANGUAGE_LAWS else "loss"
+    expected = [f"{whose} {best.loss:.4f}"] if best.loss is not None else []
+    expected += [f"FID {best.fid:.1f}"] if best.fid is not None else []
+    console.print(f"predicted: {', '.join(expected) or 'no loss'}; {best.range_note}", soft_wrap=True)
+    tifa = ", ".join(f"{f['tifa']:.3f} by {name}{_beyond(f['extrapolation'])}" for name, f in plan.tifa.items())
+    console.print(f"TIFA by 2404.02883: {tifa}", soft_wrap=True)
+    if plan.hardware is not None:
+        _print_hardware(console, plan)
+    speaks = plan.candidates[0].loss is not None
+    titles = ("model", "shape", "N", "÷ N_opt", "6ND steps", "cost", "exact steps", "÷ D_opt")
+    table = _table(*titles, *(["loss"] if speaks else []))
+    for one in plan.candidates:
+        table.add_row(
+            one.name,
+            f"{one.spec.width}×{one.spec.n_blocks}",
+            units.count(one.params),
+            f"{one.off:.3f}",
+            units.exact(one.steps_6nd),
+            f"{one.exact_flops_6nd / plan.flops:.3f} C",
+            units.exact(one.steps),
+            f"{one.data_off:.3f}",
+            *([f"{one.loss:.4f}"] if one.loss is not None else []),
+        )
+    _print_whole(console, table)
+    height, width = plan.latent_size
+    shape = plan.candidates[0].spec
+    console.print(
+        "6ND steps: what 6·N·D promises for C, and what they would cost in exact FLOPs. Exact steps: those that spend C. "
+        f"Batch {plan.batch:,}, latents {height}×{width}, {shape.n_tokens} tokens an image, {shape.n_img} of them the image's; "
+        "shapes are width × blocks",
+        soft_wrap=True,
+    )
+    console.print(
+        f"the custom model: model.preset=uvit-2.3b model.width={shape.width} model.depth={shape.depth} "
+        f"model.n_heads={shape.n_heads}",
+        soft_wrap=True,
+    )
+    for note in plan.notes:
+        console.print(f"note: {escape(note)}", soft_wrap=True)
+
+
+def _print_hardware(console: Console, plan: Plan) -> None:
+    on = plan.hardware
+    assert on is not None and plan.device_hours is not None and plan.days is not None
+    parts = [
+        f"{_amount(plan.device_hours)} GPU-hours of {escape(on.device.name)} at {units.share(on.mfu)} MFU ({on.precision})",
+        f"{units.duration(plan.days * 86400)} on {on.gpus}",
+        f"cost {_money(plan.money)}" if plan.money is not None else "no price given (--price-per-hour)",
+    ]
+    if plan.energy_kwh is not None:
+        parts.append(f"{_amount(plan.energy_kwh)} kWh")
+    console.print(" · ".join(parts), soft_wrap=True)
+
+
+def print_fit(fit: Fit, predictions: Sequence[Optimum], origin: str, files: Sequence[str]) -> None:
+    from longskip.profiling.budget_plots import figure_rows
+
+    console = Console(highlight=False)
+    console.print(
+        f"[bold]{escape(fit.law.source)}[/bold]: {len(fit.points)} trainings from {escape(origin)}", soft_wrap=True
+    )
+    table = _table("figure", "value", "95% interval")
+    for row in figure_rows(fit):
+        table.add_row(*row)
+    console.print(table)
+    parabolas = getattr(fit, "parabolas", ())
+    if parabolas:
+        table = _table("best of C", "sizes", "N_opt", "95% interval", "D_opt", "loss")
+        for one in parabolas:
+            spread = one.params_interval
+            table.add_row(
+                units.scientific(one.flops),
+                str(len(one.points)),
+                units.count(one.params),
+                "needs 5 sizes" if spread is None else f"{units.count(spread[0])} to {units.count(spread[1])}",
+                units.count(one.tokens),
+                f"{one.loss:.4f}",
+            )
+        console.print(table)
+    table = _table("prediction for C", "N_opt", "D_opt", "loss", "fitted range")
+    for one in predictions:
+        loss = units.NONE if one.loss is None else f"{one.loss:.4f}"
+        table.add_row(
+            units.scientific(one.flops), units.count(one.params), units.count(one.tokens), loss, one.range_word
+        )
+    console.print(table)
+    for file in files:
+        console.print(file, markup=False, soft_wrap=True)
+
+
+def _beyond(factor: float) -> str:
+    return "" if factor == 1 else f" (extrapolation: {factor:.3g}×)"
+
+
+def _three(amount: Amount, short: Any) -> tuple[str, str, str]:
+    return short(amount.committed), short(amount.spent), short(amount.redone)
+
+
+def _money(value: float) -> str:
+    return f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _amount(value: float | None) -> str:
+    """Hours and kWh: large ones whole, small ones in three figures."""
+    if value is None:
+        return units.NONE
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _print_whole(console: Console, table: Table) -> None:
+    """A table of many columns: on a narrow terminal its lines run over, but no number is cut."""
+    width = Console(width=1000).measure(table).maximum
+    Console(highlight=False, width=max(console.width, width)).print(table)
+
+
+def _table(*titles: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for index, title in enumerate(titles):
+        table.add_column(title, justify="left" if index == 0 else "right", no_wrap=index == 0 or len(titles) > 6)
+    return table

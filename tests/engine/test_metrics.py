@@ -1,0 +1,39 @@
+"""The share of communication in what a run says of itself: metrics.jsonl, TensorBoard and the line to read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longskip.engine.metrics import Metrics
+from longskip.profiling.meter import Meter
+
+VALUES = {"loss": 0.5, "lr": 1e-3, "grad_norm": 1.0, "images": 8, "bad": 0, "peaks": [2.0**30]}
+
+
+@pytest.mark.parametrize(
+    ("devices", "communication", "metric", "said"),
+    [(2, 0.5, 25.0, "data 0%  comm 25%  1.0 GiB"), (2, None, None, "data 0%  1.0 GiB"),
+     (1, 0.5, 25.0, "data 0%  1.0 GiB")],
+)  # fmt: skip
+def test_communication_is_told_where_it_is_known(
+    tmp_path: Path, devices: int, communication: float | None, metric: float | None, said: str
+) -> None:
+    now = [0.0]
+    meter = Meter(device_name="cpu", devices=devices, clock=lambda: now[0])
+    counts: dict[str, Any] = dict.fromkeys(
+        ("images", "image_tokens", "tokens", "model_flops", "hardware_flops", "six_nd"), 1
+    )
+    meter.add(**counts, communication=communication)
+    now[0] = 2.0
+    metrics = Metrics(tmp_path, main=True, attempt=1, steps=10, start=0, tensorboard=True)
+    metrics.interval(meter.interval(), VALUES, 1.0)
+    metrics.close()
+    (row,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert row.get("time/communication(%)") == metric and row["time/data_loading(%)"] == 0.0
+    assert said in (tmp_path / "logs" / "rank-0.log").read_text()
+    board = b"".join(path.read_bytes() for path in (tmp_path / "events").iterdir())
+    assert (b"time/communication(%)" in board) == (metric is not None)

@@ -6,6 +6,9 @@ STAMP := $(VENV)/.installed
 # One thread a process: the tests start ranks of their own, and spinning threads slow shared machines down manifold.
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
+# `make test JOBS=2` runs the tests in two processes; those of a file stay together, so that its fixtures are made once.
+JOBS ?= 1
+PARALLEL := $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile)
 
 .PHONY: install demo test test-slow figures proofs lint clean
 
@@ -23,10 +26,10 @@ demo: install
 	$(BIN)/longskip demo
 
 test: install
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not gpu"
 
 test-slow: install
-	$(BIN)/python -m pytest -q -m "slow and not gpu"
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "slow and not gpu"
 
 # the figures that tests print (docs/results/main-job.md)
 figures: install

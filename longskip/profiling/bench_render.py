@@ -38,7 +38,7 @@ def read(path: Path) -> dict[str, Any]:
 def render(path: Path, out: Path | None = None) -> list[Path]:
     """Write the pictures and ``index.html`` with all of them; the files' paths.
 
-    ``roofline.png``; per op ``OP.png``, bars of every case, and ``OP-lines.png``, times against tokens or width, where
+    ``roofline.png``; per op ``OP.png``, every case, and ``OP-lines.png``, times against tokens or width, where
     cases of one series have three sizes or more. ``out``: the folder, by default the JSON's name without its ending.
     """
     result = read(path)
@@ -53,9 +53,9 @@ def render(path: Path, out: Path | None = None) -> list[Path]:
         if series := series_of(rows):
             drawn.append(folder / f"{op}-lines.png")
             _lines(op, series, result, drawn[-1])
-        if bars := [row for row in rows if not row.get("sweep")]:
+        if fixed := [row for row in rows if not row.get("sweep")]:
             drawn.append(folder / f"{op}.png")
-            _bars(op, bars, result, drawn[-1])
+            _points(op, fixed, result, drawn[-1])
     page = folder / "index.html"
     page.write_text(_page(result, roofline, pictures), "utf-8")
     return [roofline, *(path for drawn in pictures.values() for path in drawn), page]
@@ -111,7 +111,7 @@ def _lines(op: str, series: Mapping[str, Sequence[Row]], result: Mapping[str, An
 
     The dotted line is the time that the declared work takes at this run's ceilings.
     """
-    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
+    from matplotlib.ticker import NullLocator
 
     colours = _providers([row for rows in series.values() for row in rows])
     modes = [mode for mode in MODES if any(row["mode"] == mode for rows in series.values() for row in rows)]
@@ -129,14 +129,20 @@ def _lines(op: str, series: Mapping[str, Sequence[Row]], result: Mapping[str, An
                 ours = any(row["ours"] for row in points)
                 at = [row["x"] for row in points]
                 panel.fill_between(at, times[0], times[2], color=colour, alpha=0.15, lw=0)
-                panel.plot(at, times[1], "o-", color=colour, lw=2 if ours else 1.1, ms=4, label=provider)
+                panel.plot(
+                    at,
+                    times[1],
+                    "o-",
+                    color=colour,
+                    lw=2 if ours else 1.1,
+                    ms=4,
+                    zorder=3 if ours else 2,
+                    label=provider,
+                )
             panel.set(xscale="log", yscale="log", xlabel=rows[0]["x_name"])
             panel.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=90, fontsize=7)
             panel.xaxis.set_minor_locator(NullLocator())
-            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            panel.yaxis.set_minor_formatter(NullFormatter())
-            panel.tick_params(axis="y", labelsize=7)
+            _plain_ticks(panel.yaxis)
             panel.grid(axis="y", color="#dddddd", lw=0.6)
             panel.set_title(f"{op}, {MODES[mode]}\n{name}", fontsize=9)
             panel.spines[["top", "right"]].set_visible(False)
@@ -144,6 +150,16 @@ def _lines(op: str, series: Mapping[str, Sequence[Row]], result: Mapping[str, An
     _legend(figure, grid[0][0])
     figure.suptitle(_where(result), fontsize=8, color="#666666")
     figure.savefig(path)
+
+
+def _plain_ticks(axis: Any) -> None:
+    """1, 2, 5, 10, … on a logarithmic axis."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_tick_params(labelsize=7)
 
 
 def _share(row: Row) -> float:
@@ -156,30 +172,36 @@ def _legend(figure: Any, panel: Any) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False, fontsize=8)
 
 
-def _bars(op: str, rows: Sequence[Row], result: Mapping[str, Any], path: Path) -> None:
-    """Milliseconds of every case, a panel per mode."""
+def _points(op: str, rows: Sequence[Row], result: Mapping[str, Any], path: Path) -> None:
+    """Milliseconds of every case by logarithm, so that short ones are seen beside long ones; a panel per mode."""
     colours = _providers(rows)
     modes = [mode for mode in MODES if any(row["mode"] == mode for row in rows)]
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    figure, subplots = _figure(4.6 * len(modes) + 0.6, 1.4 + max(1.0, 0.3 * len(cases) * len(colours)))
+    figure, subplots = _figure(4.6 * len(modes) + 0.6, 1.4 + max(1.0, 0.2 * len(cases) * len(colours)))
     panels = subplots(1, len(modes), squeeze=False)[0]
+    step = 0.8 / len(colours)
     for panel, mode in zip(panels, modes, strict=True):
-        height = 0.8 / len(colours)
         for at, (provider, colour) in enumerate(colours.items()):
-            for index, case in enumerate(cases):
-                row = next((r for r in rows if (r["provider"], r["case"], r["mode"]) == (provider, case, mode)), None)
-                if row is None:
-                    continue
-                took = row["ms"]
-                error = [[took["median"] - took["p20"]], [took["p80"] - took["median"]]]
-                where = index + (at - (len(colours) - 1) / 2) * height
-                label = provider if index == 0 else None
-                panel.barh(where, took["median"], height, color=colour, xerr=error, ecolor="#444444", label=label)
-                panel.text(took["p80"], where, f" {took['median']:.3g}", va="center", fontsize=7)
+            found = {row["case"]: row["ms"] for row in rows if row["provider"] == provider and row["mode"] == mode}
+            where = [cases.index(case) + (at - (len(colours) - 1) / 2) * step for case in found]
+            medians = [took["median"] for took in found.values()]
+            spans = [
+                [took["median"] - took["p20"] for took in found.values()],
+                [took["p80"] - took["median"] for took in found.values()],
+            ]
+            panel.errorbar(
+                medians, where, xerr=spans, fmt="o", ms=5, color=colour, ecolor=colour, lw=1.2, label=provider
+            )
+            for took, place in zip(found.values(), where, strict=True):
+                panel.text(took["p80"], place, f"  {took['median']:.3g}", va="center", fontsize=7)
+        panel.set_xscale("log")
+        _plain_ticks(panel.xaxis)
+        for edge in range(1, len(cases)):
+            panel.axhline(edge - 0.5, color="#dddddd", lw=0.6)
         panel.set_yticks(range(len(cases)), cases if panel is panels[0] else [""] * len(cases), fontsize=8)
-        panel.invert_yaxis()
-        panel.margins(x=0.15)
-        panel.set_xlabel("milliseconds, median and 20–80 percentiles")
+        panel.set_ylim(len(cases) - 0.5, -0.5)
+        panel.margins(x=0.2)
+        panel.set_xlabel("milliseconds, median and 20–80 percentiles", fontsize=8)
         panel.set_title(f"{op}, {MODES[mode]}", fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)
     _legend(figure, panels[0])
@@ -201,7 +223,8 @@ def _roofline(result: Mapping[str, Any], path: Path) -> None:
     ridge = peak * 1e3 / copy
     line = np.logspace(0, np.log10(max([ridge * 8, *(row["flops"] / row["bytes"] * 2 for row in products)])), 200)
     left.plot(line, np.minimum(peak, line * copy / 1e3), color="#222222", lw=1.2)
-    left.annotate(f"{copy:,.0f} GB/s copied", (line[20], line[20] * copy / 1e3), fontsize=8, rotation=30, va="bottom")
+    sloped = np.sqrt(line[0] * ridge)
+    left.annotate(f"{copy:,.0f} GB/s copied  ", (sloped, sloped * copy / 1e3), fontsize=8, ha="right", va="bottom")
     left.annotate(f"{peak:,.3g} TFLOP/s, large product", (line[-1], peak), fontsize=8, ha="right", va="bottom")
     marks = {"forward": "o", "backward": "s"}
     colours = _by_op(products)

@@ -92,7 +92,11 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ConfigError(f"{path} is larger than {_MAX_BYTES} bytes; that is no hardware table")
-        tree = yaml.load(path.read_text("utf-8"), _Loader)
+        loader = _Loader(path.read_text("utf-8"))
+        try:
+            tree = loader.get_single_data()  # type: ignore[no-untyped-call]
+        finally:
+            loader.dispose()  # type: ignore[no-untyped-call]
     except FileNotFoundError:
         raise ConfigError(f"no hardware table at {path}", cure="give the path of a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -187,9 +187,9 @@ def _laid_out(
     standing_bucket = bucket if stage == 3 else 0
     passing_buckets = bucket * (2 if overlap else 1) if stage in (1, 2) else standing_bucket
     if offload_optimizer:  # the step on the host reads fp32 gradients there
-        if stage < 3:  # gradients pass through a buffer of the largest tensor on their way
+        if stage < 3:  # gradients pass through buffers of the largest tensor on their way, one on either side
             standing_bucket = size * share.tensor
-            passing_buckets += standing_bucket
+            passing_buckets, host = passing_buckets + standing_bucket, host + standing_bucket
         host += masters + moments + ema + 4 * share.owned + size * share.owned
         masters = moments = ema = gradients = 0
     elif ema_on_host:

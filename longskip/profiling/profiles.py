@@ -307,9 +307,12 @@ def _padding(capability: int | None, itemsize: int) -> tuple[Any, str]:
             "padded tiles are not counted: name a device that our kernels are laid out for (--gpu, --capability)",
         )
     try:
+        from longskip.kernels import jit
         from longskip.profiling.padding import padding_on
     except ImportError as error:
         return None, f"padded tiles are not counted: {error.name or error} is not installed"
+    if not jit.INSTALLED:
+        return None, "padded tiles are not counted: triton is not installed"
     return padding_on(capability, itemsize), ""
 
 

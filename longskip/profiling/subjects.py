@@ -77,7 +77,7 @@ def resized(
     """
     spec, text = subject.spec, subject.text
     if resolution is not None:
-        _latents(subject, resolution)
+        spec = replace(spec, latent_size=_latents(subject, resolution))
     if text_tokens is not None:
         if not spec.n_txt:
             raise ConfigError(

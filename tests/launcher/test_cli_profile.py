@@ -198,6 +198,8 @@ def test_sizes_of_a_configuration_and_what_goes_before_them(longskip: Any, tmp_p
     assert tree["kernels"] == {"attention": "triton", "mlp": "torch"}
     rows = {row["name"]: row for row in tree["rows"]}
     assert rows["adamw"]["elementwise_flops"] == tree["parameters"]["total"] * (15 + 3)  # no clipping
+    eight = written(tmp_path, train={"micro_batch": 4, "accumulation": 2, "batch_size": 64})  # for 8 ranks alone
+    assert longskip("profile", eight, "--json").tree["batch"] == 4
     # Per value 3 forward and 2 backward, per sample 5 each; a velocity's is 4 and 3, and 2 (kernels/formulas.py).
     values = 4 * 32 * 32
     assert rows["loss"]["elementwise_flops"] == 4 * (5 * values + 10)

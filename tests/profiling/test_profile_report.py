@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longskip.errors import ConfigError, SpecError
+from longskip.kernels import jit
 from longskip.models.presets import PRESETS
 from longskip.models.specs import TextEncoderSpec
 from longskip.profiling import hardware
@@ -105,7 +106,10 @@ def test_at_another_size_the_model_is_built_for_it(name: str, batch: int) -> Non
     assert tree["flops"]["forward"] == 2 * batch * macs
     assert tree["flops"]["model"] == 6 * batch * macs == batch * tree["flops"]["model_per_image"]
     assert tree["tokens_per_image"] == length and tree["tokens"]["image"] == n
-    assert {a["name"]: a["flops"] for a in tree["accounts"]}["six_nd"] == 6 * params * batch * length
+    accounts = {a["name"]: a["flops"] for a in tree["accounts"]}
+    assert accounts["six_nd"] == 6 * params * batch * length
+    every_token = blocks * (12 * h * h + 10 * h) + skips * (2 * h * h + h) + 2 * h + h * p * p * c + p * p * c
+    assert accounts["n_token"] == 6 * every_token * batch * length
     assert tree["latents"] == [c, height, width]
 
 
@@ -157,7 +161,7 @@ def test_text_loss_optimizer_and_frozen_encoders_stand_apart() -> None:
     assert trained.ledger.model_flops - alone.ledger.model_flops == words.flops().model_flops
 
 
-def test_tiles_of_our_kernels() -> None:
+def test_tiles_of_our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter refuses bf16. 334 tokens of head dim 64 are 384 in whole tiles (see test_flop_ledger)."""
     subject = resized(of_preset("uvit-0.3b"), batch=8, precision="fp32", kernels="triton")
     once = 2 * 8 * 16 * 64 * (384**2 - 334**2)
@@ -168,6 +172,8 @@ def test_tiles_of_our_kernels() -> None:
     unknown = profile(subject, hardware.find("l40s"))
     assert unknown.to_json()["flops"]["padded"] is None and "not counted" in unknown.notes[0]
     assert profile(replace(subject, kernels={"all": "torch"}), hardware.find("h200")).total.padded == 0
+    monkeypatch.setattr(jit, "INSTALLED", False)
+    assert profile(subject, hardware.find("h200")).notes == ("padded tiles are not counted: triton is not installed",)
 
 
 # --- the device -------------------------------------------------------------------------------------------------------

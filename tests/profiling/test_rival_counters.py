@@ -136,7 +136,7 @@ def test_the_plain_model_is_the_same_model() -> None:
 
 def test_what_follows_a_failure_has_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure is a row; a process that ends without one fails the task it was at; the others are asked again."""
-    names = ("fvcore", "thop", "torchinfo", "ptflops")
+    names = ("fvcore", "thop", "torchinfo", "ptflops", "torch_flops")
     tasks = [Task(name, "uvit-tiny", "longskip", "meta") for name in names]
     calls: list[list[str]] = []
 
@@ -144,14 +144,15 @@ def test_what_follows_a_failure_has_a_fresh_process(monkeypatch: pytest.MonkeyPa
         calls.append([task.counter for task in left])
         if len(calls) == 1:
             return [row(left[0], 7), row(left[1], None, "ValueError: no")], None
-        return ([], "the process ended with -11") if len(calls) == 2 else ([row(left[0], 9)], None)
+        died = "the process ended with -11" if len(calls) == 2 else None
+        return [row(left[0], 9)], died
 
     monkeypatch.setattr(bench_counters, "_process", process)
     said: list[str] = []
     rows = bench_counters._asked(tasks, said.append)
-    assert calls == [list(names), list(names[2:]), list(names[3:])] and len(said) == 4
+    assert calls == [list(names), list(names[2:]), list(names[4:])] and len(said) == 5
     assert [one["counter"] for one in rows] == list(names)
-    assert [one["failed"] for one in rows] == [None, "ValueError: no", "the process ended with -11", None]
+    assert [one["failed"] for one in rows] == [None, "ValueError: no", None, "the process ended with -11", None]
 
 
 def test_the_command_counts_in_another_process(tmp_path: Path) -> None:

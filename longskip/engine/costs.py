@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from longskip.engine.config import BatchPlan, Config
-from longskip.profiling.flop_ledger import flop_ledger, rows_of
+from longskip.engine.profiled import step_of
 
 COUNTERS = ("images", "image_tokens", "tokens", "model_flops", "hardware_flops", "six_nd")
 
@@ -48,24 +49,19 @@ def step_cost(
     batch: BatchPlan,
     n_parameters: int,
     bucket: tuple[int, int] | None = None,
-    backends: Mapping[str, str] | None = None,
+    kernels: Mapping[str, str] | None = None,
+    encoders: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> StepCost:
     """Exact model and hardware FLOPs (2 per multiply-add) and tokens of one global batch; N counts all trainables.
 
     ``bucket`` (H, W) in pixels stands for a batch of another aspect ratio than the configuration's resolution.
-    ``backends``: op → what serves it, which hardware FLOPs hang on (see ``flop_ledger``); torch's by default.
+    ``kernels``: op → what serves it, which hardware FLOPs hang on (see ``flop_ledger``); torch's by default.
+    ``encoders``: the config.json of the frozen encoders that run in the step, by ``vae`` and ``text``.
     """
     spec = config.backbone()
     latent_size = (bucket[0] // config.factor, bucket[1] // config.factor) if bucket else spec.latent_size
     one = spec.flops(1, latent_size)
-    text = config.text_encoder(1)  # the table, of whatever length, is looked up and costs nothing
-    ledger = flop_ledger(
-        spec,
-        latent_size=latent_size,
-        checkpointing=config.engine.checkpointing,
-        backend=backends or {},
-        trained_text=not config.encoders.text.frozen,
-    ) + (rows_of(text.calls(), part="text") if text else ())
+    ledger = step_of(config, encoders or {}, kernels).ledger(latent_size=latent_size)
     return StepCost(
         images=batch.total,
         image_tokens=batch.total * one.image_tokens,

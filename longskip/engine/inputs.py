@@ -56,11 +56,14 @@ class Inputs:
 
     def load(self, source: Source) -> None:
         """Load now what ``source`` will have to be encoded with, so that damaged weights are met before the first step."""
-        stored = source.features
-        frozen = self.config.encoders.text.frozen and (stored is None or stored.text is None)
-        latents = self.config.encoders.vae.kind == "vae" and (stored is None or stored.latent is None)
-        if frozen or latents:
+        if self.on_the_way(source):
             self.encoders.load()
+
+    def on_the_way(self, source: Source) -> list[str]:
+        """The frozen encoders that run in every step (``vae``, ``text``), since ``source`` does not store what they make."""
+        stored, wanted = source.features, self.config.encoders
+        parts = ["vae"] if wanted.vae.kind == "vae" and (stored is None or stored.latent is None) else []
+        return parts + (["text"] if wanted.text.frozen and (stored is None or stored.text is None) else [])
 
     @property
     def pictures(self) -> bool:

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from longskip.engine import fitting
 from longskip.engine.config import Config, divisors
 from longskip.engine.costs import step_cost
 from longskip.engine.fitting import GIB, MARGIN, Memory, Stage
+from longskip.engine.profiled import subject_of
 from longskip.errors import ConfigError
 from longskip.profiling import efficiency
-from longskip.profiling.flop_ledger import flop_ledger, loss_rows, optimizer_row, rows_of
 from longskip.profiling.hardware import Device, Network
 from longskip.profiling.step_time import GPUS_PER_NODE, StepTime, step_time
+from longskip.profiling.subjects import Subject
 from longskip.profiling.traffic import traffic
 
 __all__ = ["Cluster", "Option", "Plan", "options", "pareto", "plan"]
@@ -160,8 +161,9 @@ def options(
     """Every stage × micro-batch × checkpointing that the batch and the configuration allow, those that do not fit too."""
     if measured is None:
         measured = efficiency.of_device(cluster.device.name, config.train.dtype)
+    subject = subject_of(config, "")
     return [
-        _option(each, cluster, stage, micro, n_parameters, measured)
+        _option(each, cluster, stage, micro, n_parameters, subject, measured)
         for each in _checkpointed(config)
         for stage in _stages(config)
         for micro in _micros(config, cluster.devices)
@@ -212,35 +214,20 @@ def _option(
     stage: Stage,
     micro: int,
     n_parameters: int,
+    subject: Subject,
     measured: efficiency.Efficiencies | None,
 ) -> Option:
-    spec, world, dtype = config.backbone(), cluster.devices, config.train.dtype
-    itemsize = 2 if dtype == "bf16" else 4
+    spec, world, dtype = subject.spec, cluster.devices, config.train.dtype
     accumulation = config.train.batch_size // (world * micro)
-    text = config.text_encoder(1)
     needed = fitting.memory(config, stage, world=world, micro=micro, n_parameters=n_parameters)
-    height, width = spec.latent_size
-    owned = -(-n_parameters // world) if stage else n_parameters
-    ledger = flop_ledger(
-        spec,
-        batch=micro,
-        checkpointing=config.engine.checkpointing,
-        backend=_backends(config),
-        trained_text=not config.encoders.text.frozen,
-        itemsize=itemsize,
-    )
-    ledger += rows_of(text.calls(micro), itemsize=itemsize, part="text") if text else []
-    ledger += loss_rows(
-        spec.channels * height * width, micro, x_kind=config.diffusion.prediction == "x", itemsize=itemsize
-    )
-    ledger += [optimizer_row(owned, copies=2 if dtype == "bf16" else 0)]
-    trained = config.text_encoder(config.encoders.text.vocabulary)
+    subject = replace(subject, batch=micro, checkpointing=config.engine.checkpointing)
+    ledger = subject.ledger(updated=-(-n_parameters // world) if stage else n_parameters)
     collectives = traffic(
         spec.parameters(),
-        text=trained.parameters()["embedding"] if trained else (),
+        text=subject.text.parameters()["embedding"] if subject.text else (),
         world=world,
         stage=stage,
-        dtype_bytes=itemsize,
+        dtype_bytes=subject.itemsize,
         layout=config.engine.layout,
         accumulation=accumulation,
         checkpointing=config.engine.checkpointing,
@@ -259,12 +246,6 @@ def _option(
     )
     fits = needed.device <= MARGIN * cluster.device.memory
     return Option(stage, micro, accumulation, config.engine.checkpointing, needed, fits, step)
-
-
-def _backends(config: Config) -> dict[str, str]:
-    """What serves the ops as far as the configuration says; `auto` is torch's fused attention until a table is measured."""
-    asked = {op: name.removeprefix("require:") for op, name in config.kernels.by_op().items()}
-    return {op: name for op, name in asked.items() if name != "auto"}
 
 
 def _given(config: Config, cluster: Cluster, found: Sequence[Option]) -> Option | None:

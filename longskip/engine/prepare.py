@@ -26,6 +26,7 @@ from longskip.engine.inputs import Inputs
 from longskip.engine.job import Job, LoopState
 from longskip.engine.metrics import Metrics
 from longskip.engine.opening import data_name, described, draws_of, open_training, plan_for, sort_into_buckets
+from longskip.engine.profiled import settings_of
 from longskip.engine.runs import RunFolder
 from longskip.engine.validation import Validation
 from longskip.errors import DataError, LongskipError, RunMismatchError
@@ -65,7 +66,10 @@ def prepare(config: Config, run_path: Path, world: World) -> Job:
     backends.keep(kept)
     engine, optimizer, shards = build.build_engine(config, model, world, ds_config)
     serving = {op: name for op, (name, _) in backends.choices(world.device).items()}
-    costs = {bucket: step_cost(config, batch, n_parameters, bucket, serving) for bucket in (*plan.buckets, None)}
+    running = {part: settings_of(part, str(getattr(config.encoders, part).path)) for part in inputs.on_the_way(source)}
+    costs = {
+        bucket: step_cost(config, batch, n_parameters, bucket, serving, running) for bucket in (*plan.buckets, None)
+    }
     cost = costs[None]
     summary = _summary(config, run, cost, batch, n_parameters, source) | ({"initial": start} if start else {})
     on_main(world, lambda: _settle(run, config, ds_config, summary, resuming))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from longskip.engine.config import Config
 from longskip.errors import ConfigError, EncoderError
 from longskip.profiling.subjects import Subject
 
-__all__ = ["ENCODERS", "subject_of"]
+__all__ = ["ENCODERS", "settings_of", "step_of", "subject_of"]
 
 ENCODERS = ("auto", "online", "stored")
 _INDEX_BYTES = 1 << 28
@@ -25,7 +26,18 @@ def subject_of(config: Config, name: str, encoders: str = "auto") -> Subject:
     step (``online``) or their features lie in the data (``stored``); ``auto`` looks at the data. EncoderError for an
     encoder that is to run and has no folder.
     """
-    notes = []
+    running, notes = _running(config, encoders)
+    return _subject(config, name, running, notes)
+
+
+def step_of(config: Config, running: Mapping[str, Mapping[str, Any]], kernels: Mapping[str, str] | None) -> Subject:
+    """The same for one image of a run that knows which frozen encoders it has (``running``: part → its config.json) and
+    what serves the ops (None: what the configuration says)."""
+    found = replace(_subject(config, "", running, []), batch=1)
+    return found if kernels is None else replace(found, kernels=kernels)
+
+
+def _subject(config: Config, name: str, running: Mapping[str, Mapping[str, Any]], notes: list[str]) -> Subject:
     train, text = config.train, config.encoders.text
     micro = train.micro_batch or config.batch(1).micro
     if not train.micro_batch:
@@ -36,8 +48,6 @@ def subject_of(config: Config, name: str, encoders: str = "auto") -> Subject:
     if config.buckets:
         height, width = config.resolution
         notes.append(f"data.buckets has other sizes as well; this is {height}x{width}")
-    running, why = _running(config, encoders)
-    notes += why
     return Subject(
         name=name,
         spec=config.backbone(),
@@ -78,9 +88,13 @@ def _running(config: Config, asked: str) -> tuple[dict[str, Mapping[str, Any]], 
                 f"encoders.{part}.path is not set, and the encoder is to run in every step",
                 cure="name its folder, or --encoders stored",
             )
-        files = encoderfiles.vae_files(path) if part == "vae" else encoderfiles.text_files(path)
-        found[part] = files.settings
+        found[part] = settings_of(part, path)
     return found, []
+
+
+def settings_of(part: str, path: str) -> Mapping[str, Any]:
+    """The config.json of the frozen encoder in a folder; ``part``: ``vae`` or ``text``."""
+    return (encoderfiles.vae_files(path) if part == "vae" else encoderfiles.text_files(path)).settings
 
 
 def _stored(config: Config) -> set[str] | None:

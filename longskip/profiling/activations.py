@@ -279,7 +279,7 @@ def _write_block(tape: _Tape, spec: UViTSpec, size: _Sizes, key: str, x: str, sk
     if skip is not None and tape.ours:
         tape.add("skip", {name("in"): row}, ((x,), row), ((skip,), row), saves=(x, skip), weight=2 * h * h + h)
     elif skip is not None:
-        tape.add("cat", {name("pair"): 2 * row}, ((x, skip), 0))
+        tape.add("cat", {name("pair"): 2 * row}, ((x,), row), ((skip,), row))
         tape.add("skip", {name("in"): row}, ((name("pair"),), 2 * row), saves=(name("pair"),), weight=2 * h * h + h)
     x = x if skip is None else name("in")
     if spec.adaln:

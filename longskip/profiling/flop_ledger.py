@@ -186,7 +186,7 @@ class FlopLedger:
         order = {unit: at for at, unit in enumerate(_in_order(row.units for row in self.rows))}
         return replace(self, rows=tuple(sorted(rows, key=lambda row: order[row.units[0]])))
 
-    def __add__(self, rows: Iterable[Row]) -> FlopLedger:
+    def with_rows(self, rows: Iterable[Row]) -> FlopLedger:
         """With further rows: frozen encoders, the loss, the optimizer."""
         return replace(self, rows=(*self.rows, *rows))
 
@@ -343,10 +343,13 @@ def _share(row: Row, unit: str) -> Row:
 def loss_rows(values: int, batch: int, *, x_kind: bool = False, itemsize: int = 4) -> list[Row]:
     """Noising, and the loss with its gradient, of ``batch`` samples of ``values`` values each."""
     sizes = {"batch": batch, "values": values, "x_kind": int(x_kind)}
+    noised = {"values": batch * values}
     loss = FORMULAS["diffusion_loss"]
     assert loss.backward is not None
     return [
-        Row(("loss",), "noising", "noising", FORMULAS["noising"].forward(values=batch * values, itemsize=itemsize), part="loss"),
+        Row(("loss",), "noising", "noising", FORMULAS["noising"].forward(**noised, itemsize=itemsize), part="loss",
+            sizes=noised,
+        ),
         Row(
             ("loss",), "loss", "diffusion_loss", loss.forward(**sizes, itemsize=itemsize),
             loss.backward(**sizes, itemsize=itemsize), part="loss", sizes=sizes,

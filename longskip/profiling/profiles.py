@@ -13,13 +13,11 @@ from functools import cached_property
 from typing import Any
 
 from longskip.errors import ConfigError
-from longskip.kernels.formulas import OpCost
 from longskip.models.calls import TokenClass
 from longskip.models.specs import ParamCounts
 from longskip.profiling import efficiency
 from longskip.profiling.accounting import Account, Work, accounts
-from longskip.profiling.encoder_costs import encoder_cost
-from longskip.profiling.flop_ledger import FlopLedger, Row, flop_ledger, loss_rows, optimizer_row, rows_of
+from longskip.profiling.flop_ledger import FlopLedger, Row
 from longskip.profiling.hardware import Device
 from longskip.profiling.roofline import Bound, bounds_of
 from longskip.profiling.step_time import StepTime, step_time
@@ -274,28 +272,9 @@ def profile(subject: Subject, device: Device | None = None, capability: int | No
         raise ConfigError(
             f"--capability {capability}: only our kernels' tiles are counted", cure="add --kernels triton"
         )
-    spec, size, batch = subject.spec, subject.itemsize, subject.batch
-    counts = spec.param_counts()
-    ledger = flop_ledger(
-        spec,
-        batch=batch,
-        checkpointing=subject.checkpointing,
-        backend=subject.kernels,
-        trained_text=subject.text is not None,
-        masked=subject.masked,
-        itemsize=size,
-        padding=padding,
-    )
-    trained = counts.total
-    if subject.text is not None:
-        trained += subject.text.param_counts().total
-        ledger += rows_of(subject.text.calls(batch), itemsize=size, part="text")
-    ledger += _encoder_rows(subject)
-    height, width = spec.latent_size
-    ledger += loss_rows(spec.channels * height * width, batch, x_kind=subject.x_kind, itemsize=size)
-    ledger += [optimizer_row(trained, ema=subject.ema, clip=subject.clip, copies=0 if size == 4 else size)]
     if subject.encoders:
         notes.append("of the frozen encoders the contractions are counted, neither elementwise FLOPs nor bytes")
+    ledger, counts = subject.ledger(padding=padding), subject.spec.param_counts()
     return Profile(subject, ledger, counts, device, capability if padding else None, tuple(notes))
 
 
@@ -314,19 +293,6 @@ def _padding(capability: int | None, itemsize: int) -> tuple[Any, str]:
     if not jit.INSTALLED:
         return None, "padded tiles are not counted: triton is not installed"
     return padding_on(capability, itemsize), ""
-
-
-def _encoder_rows(subject: Subject) -> list[Row]:
-    """The contractions of the frozen encoders that run in the step."""
-    rows = []
-    for part, config in subject.encoders.items():
-        size: dict[str, Any] = {"tokens": subject.spec.n_txt} if part == "text" else {"pixels": subject.pixels}
-        cost = encoder_cost(config, batch=subject.batch, **size)
-        tokens: dict[TokenClass, int] = {"text": subject.spec.n_txt} if part == "text" else {}
-        for op, macs in cost.macs_by_op.items():
-            name = f"{part}.{op}"
-            rows.append(Row((f"encoders.{part}",), name, op, OpCost(macs), tokens=tokens, part="encoders"))
-    return rows
 
 
 def all_presets(

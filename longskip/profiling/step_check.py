@@ -50,7 +50,7 @@ class StepCase:
         """What a step of the bare loop executes: no EMA, no clipping."""
         values = self.spec.c_out * math.prod(self.spec.latent_size)
         optimizer = optimizer_row(self.spec.param_counts().total, ema=False, clip=False)
-        return flop_ledger(self.spec, batch=self.batch) + (*loss_rows(values, self.batch), optimizer)  # noqa: RUF005
+        return flop_ledger(self.spec, batch=self.batch).with_rows((*loss_rows(values, self.batch), optimizer))
 
 
 CASES: tuple[StepCase, ...] = (

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from longskip.errors import ConfigError
+from longskip.kernels.formulas import OpCost
+from longskip.models.calls import Call, TokenClass
 from longskip.models.presets import PRESETS, preset
 from longskip.models.specs import TextEncoderSpec, UViTSpec
-from longskip.profiling.flop_ledger import BACKENDS
+from longskip.profiling.encoder_costs import encoder_cost
+from longskip.profiling.flop_ledger import (
+    BACKENDS,
+    Beyond,
+    FlopLedger,
+    Row,
+    flop_ledger,
+    loss_rows,
+    optimizer_row,
+    rows_of,
+)
 
 __all__ = ["PRECISIONS", "Subject", "of_preset", "resized", "subjects"]
 
@@ -51,6 +63,58 @@ class Subject:
     @property
     def itemsize(self) -> int:
         return PRECISIONS[self.precision]
+
+    @property
+    def parameters(self) -> int:
+        """N: everything that is trained."""
+        return self.spec.param_counts().total + (self.text.param_counts().total if self.text else 0)
+
+    def ledger(
+        self,
+        *,
+        latent_size: tuple[int, int] | None = None,
+        padding: Callable[[Call], Beyond] | None = None,
+        updated: int | None = None,
+    ) -> FlopLedger:
+        """The whole step of one micro-batch: model, word encoder, frozen encoders, loss, optimizer.
+
+        ``latent_size``: of a bucket (H, W), the model staying as it is. ``padding``: see ``flop_ledger``. ``updated``:
+        how many parameters this rank's optimizer has, all by default.
+        """
+        size, batch, (height, width) = self.itemsize, self.batch, latent_size or self.spec.latent_size
+        ledger = flop_ledger(
+            self.spec,
+            batch=batch,
+            latent_size=(height, width),
+            checkpointing=self.checkpointing,
+            backend=self.kernels,
+            trained_text=self.text is not None,
+            masked=self.masked,
+            itemsize=size,
+            padding=padding,
+        )
+        if self.text is not None:
+            ledger = ledger.with_rows(rows_of(self.text.calls(batch), itemsize=size, part="text"))
+        copies = 0 if size == 4 else size
+        return ledger.with_rows(
+            (
+                *_encoder_rows(self, (height * self.factor, width * self.factor)),
+                *loss_rows(self.spec.channels * height * width, batch, x_kind=self.x_kind, itemsize=size),
+                optimizer_row(updated or self.parameters, ema=self.ema, clip=self.clip, copies=copies),
+            )
+        )
+
+
+def _encoder_rows(subject: Subject, pixels: tuple[int, int]) -> list[Row]:
+    """The contractions of the frozen encoders that run in the step."""
+    rows = []
+    for part, config in subject.encoders.items():
+        size: dict[str, Any] = {"tokens": subject.spec.n_txt} if part == "text" else {"pixels": pixels}
+        cost = encoder_cost(config, batch=subject.batch, **size)
+        tokens: dict[TokenClass, int] = {"text": subject.spec.n_txt} if part == "text" else {}
+        for op, macs in cost.macs_by_op.items():
+            rows.append(Row((f"encoders.{part}",), f"{part}.{op}", op, OpCost(macs), tokens=tokens, part="encoders"))
+    return rows
 
 
 def of_preset(name: str) -> Subject:

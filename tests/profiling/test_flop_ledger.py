@@ -251,7 +251,7 @@ def test_half_the_bytes_in_half_the_precision() -> None:
 def test_text_loss_and_optimizer_have_rows_of_their_own() -> None:
     encoder = TextEncoderSpec(vocab_size=9, width=12, n_tokens=5, depth=2)
     model = flop_ledger(SMALL, batch=2, trained_text=True)
-    whole = model + rows_of(encoder.calls(2), part="text") + loss_rows(3 * 8 * 6, 2) + [optimizer_row(1000)]
+    whole = model.with_rows([*rows_of(encoder.calls(2), part="text"), *loss_rows(3 * 8 * 6, 2), optimizer_row(1000)])
     ids = torch.zeros(2, 5, dtype=torch.long, device="meta")
     words = WordEncoder(encoder, device="meta")
     assert whole.hardware_flops - model.hardware_flops == count_flops(lambda: words(ids).sum().backward()).flops

@@ -279,7 +279,7 @@ def _write_block(tape: _Tape, spec: UViTSpec, size: _Sizes, key: str, x: str, sk
     if skip is not None and tape.ours:
         tape.add("skip", {name("in"): row}, ((x,), row), ((skip,), row), saves=(x, skip), weight=2 * h * h + h)
     elif skip is not None:
-        tape.add("cat", {name("pair"): 2 * row}, ((x,), row), ((skip,), row))
+        tape.add("cat", {name("pair"): 2 * row}, ((x, skip), 0))
         tape.add("skip", {name("in"): row}, ((name("pair"),), 2 * row), saves=(name("pair"),), weight=2 * h * h + h)
     x = x if skip is None else name("in")
     if spec.adaln:
@@ -449,8 +449,7 @@ def _play(tape: _Tape, size: _Sizes, dtype_bytes: int, layout: Layout, gradients
         if node.frame is not None and node.saves:
             left[node.frame] -= 1
             if not left[node.frame]:
-                for name in tape.frames[node.frame]:
-                    held.drop(name)
+                pass
     return Activations(saved, batch, held.peak - saved - batch, held.weights_then, held.moment)
 
 

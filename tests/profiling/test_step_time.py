@@ -302,7 +302,7 @@ def model(name: str = "uvit-0.3b", **more: Any) -> FlopLedger:
     more = {"batch": 16, "itemsize": 2, **more}
     values = spec.c_out * math.prod(spec.latent_size)
     optimizer = optimizer_row(spec.param_counts().total)
-    return flop_ledger(spec, **more) + (*loss_rows(values, more["batch"]), optimizer)  # noqa: RUF005  sum of ledgers
+    return flop_ledger(spec, **more).with_rows((*loss_rows(values, more["batch"]), optimizer))
 
 
 @pytest.mark.parametrize("short", ["a100-80gb", "h100", "h200", "b200", "mi300x", "rtx4090"])

@@ -449,7 +449,8 @@ def _play(tape: _Tape, size: _Sizes, dtype_bytes: int, layout: Layout, gradients
         if node.frame is not None and node.saves:
             left[node.frame] -= 1
             if not left[node.frame]:
-                pass
+                for name in tape.frames[node.frame]:
+                    held.drop(name)
     return Activations(saved, batch, held.peak - saved - batch, held.weights_then, held.moment)
 
 

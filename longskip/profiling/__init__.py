@@ -1,6 +1,6 @@
 """Counting, measuring and reporting: what a run costs, what it reached, and how the two compare.
 
-Names are imported on first use, so that the torch-free parts (hardware, meter, ledger, runlog, report) stay torch-free.
+Names are imported on first use, so that the torch-free parts stay so.
 """
 
 from __future__ import annotations
@@ -13,6 +13,12 @@ _HOME = {
     "DEVICES": "hardware",
     "lookup": "hardware",
     "mfu_reason": "hardware",
+    "find": "hardware",
+    "FlopLedger": "flop_ledger",
+    "RankMemory": "memory",
+    "rank_memory": "memory",
+    "Collective": "traffic",
+    "StepTime": "step_time",
     "FlopCount": "counting",
     "OpCount": "counting",
     "UndeclaredOpError": "counting",

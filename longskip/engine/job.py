@@ -293,6 +293,8 @@ class Job:
             "grad_norm": self._norm,
             "images": self.state.images,
             "bad": self.state.bad_samples,
+            "model_flops": self.state.model_flops,
+            "six_nd": self.state.six_nd,
             "peaks": all_reduce_sum(peaks, self.world.device),
         }
         self.state.losses.clear()

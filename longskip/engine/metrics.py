@@ -75,6 +75,8 @@ class Metrics:
             line |= {"mfu(%)": 100 * ended.mfu, "hfu(%)": 100 * ended.hfu}
         peaks = [round(peak / 2**30, 3) for peak in values["peaks"]]
         line |= {f"memory/{self.memory}(GiB)": max(peaks), "memory/per_rank(GiB)": peaks}
+        spent, six_nd = values["model_flops"], values["six_nd"]  # committed: every step once
+        line |= {"flops/model": spent, "flops/6nd": six_nd, "flops/model_over_6nd": spent / six_nd}
         self.record(ended.step, line | {"images": values["images"], "bad_samples": values["bad"]})
         inside = ""
         if ended.communication_share is not None and ended.devices > 1:
@@ -84,7 +86,8 @@ class Metrics:
             f"step {ended.step}/{self.steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
             f"norm {values['grad_norm']:.3f}  {ended.images_per_second:.0f} images/s  "
             f"{ended.tokens_per_second:.0f} tokens/s  "
-            f"data {100 * ended.data_wait_share:.0f}%{inside}  {max(peaks):.1f} GiB{mfu}  eta {format_eta(eta)}"
+            f"data {100 * ended.data_wait_share:.0f}%{inside}  {max(peaks):.1f} GiB{mfu}  "
+            f"C {spent:.2e} ({spent / six_nd:.3f} of 6ND)  eta {format_eta(eta)}"
         )
         if self._bar is not None:
             assert self._log is not None

@@ -11,9 +11,9 @@ Where the peak is, per row of T·h elements (h the width, r the MLP's ratio, S w
   row, and the derivative of the second linear layer makes r rows: S − 2 + 1 + r. GELU's derivative then makes r rows
   beside them while the r rows after GELU are gone, which is as much. Every earlier block has dropped 8 + 2r rows and
   more, and has left at most 2: the gradients of a skip's concatenated pair, of which one half waits for the block that
-  the skip came from. With our kernels the MLP keeps r rows less, and its one derivative makes 2r + 1 rows: the same sum.
-- with adaLN in plain torch the head's modulation makes 3 rows beside its gradient while the head's 3 rows are kept:
-  S + 4, more than S − 3 + r where r < 7. A head that is wider than the tokens (p²c > h) can put it into the loss.
+  the skip came from. With our kernels every MLP keeps r rows less, and its one derivative makes 2r + 1: S + 2r.
+- with adaLN in plain torch the head's modulation makes 3 rows, its linear layer's input having gone for the gradient: S + 3,
+  more than the last MLP's S − 2 + r where r < 5. A head wider than the tokens (p²c > h) can put it into the loss.
 - every block checkpointed: S is one row per block, and a block that is computed again adds its 8 + 2r rows. Going
   down through the blocks with skips each drops its 1 row and leaves 2, so the worst block is the lowest that takes a skip.
 - flat layout at few tokens: the gradients of a block's weights are joined into one tensor while they still lie apart, at

@@ -11,7 +11,16 @@ import pytest
 from longskip.engine.metrics import Metrics
 from longskip.profiling.meter import Meter
 
-VALUES = {"loss": 0.5, "lr": 1e-3, "grad_norm": 1.0, "images": 8, "bad": 0, "peaks": [2.0**30]}
+VALUES = {
+    "loss": 0.5,
+    "lr": 1e-3,
+    "grad_norm": 1.0,
+    "images": 8,
+    "bad": 0,
+    "peaks": [2.0**30],
+    "model_flops": 3 * 10**12,
+    "six_nd": 4 * 10**12,
+}
 
 
 @pytest.mark.parametrize(
@@ -37,3 +46,19 @@ def test_communication_is_told_where_it_is_known(
     assert said in (tmp_path / "logs" / "rank-0.log").read_text()
     board = b"".join(path.read_bytes() for path in (tmp_path / "events").iterdir())
     assert (b"time/communication(%)" in board) == (metric is not None)
+
+
+def test_what_was_spent_stands_beside_6nd(tmp_path: Path) -> None:
+    """The committed sums, not the interval's: exact C, 6ND and their ratio, in the line, in JSON and in TensorBoard."""
+    now = [0.0]
+    meter = Meter(device_name="cpu", clock=lambda: now[0])
+    meter.add(images=1, image_tokens=1, tokens=1, model_flops=5, hardware_flops=6, six_nd=7)
+    now[0] = 1.0
+    metrics = Metrics(tmp_path, main=True, attempt=1, steps=10, start=0, tensorboard=True)
+    metrics.interval(meter.interval(), VALUES, 1.0)
+    metrics.close()
+    (row,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert (row["flops/model"], row["flops/6nd"], row["flops/model_over_6nd"]) == (3 * 10**12, 4 * 10**12, 0.75)
+    assert "C 3.00e+12 (0.750 of 6ND)  eta 0:01" in (tmp_path / "logs" / "rank-0.log").read_text()
+    board = b"".join(path.read_bytes() for path in (tmp_path / "events").iterdir())
+    assert b"flops/model_over_6nd" in board

@@ -87,14 +87,16 @@ def test_where_the_worst_moment_is() -> None:
 
 
 def test_the_closed_form_of_the_peak() -> None:
-    """S − 2 + 1 + r rows for a plain model, and the lesser things: S + 4 with adaLN."""
+    """S − 2 + 1 + r rows for a plain model, less the head's statistics and picture; S + 3 with adaLN; S + 2r with ours."""
     row = 8 * BASE.n_tokens * BASE.width * 4
     form = activations(BASE, 8, 4, gradients="apart")
     statistics, picture = 2 * 8 * BASE.n_tokens * 4, form.batch - 3 * 8 * 3 * 16 * 12 * 4 - 104
     assert form.temporaries == (1 + BASE.mlp_ratio - 2) * row - statistics - picture
     modulated = activations(replace(BASE, adaln=True), 8, 4, gradients="apart")
-    # the head's linear has dropped its input and its gradient is there; then 3 rows
-    assert 2 * row < modulated.temporaries <= 3 * row + 8 * 64 * 4
+    vector = 8 * BASE.width * 4
+    assert abs(modulated.temporaries - (3 * row - picture)) <= 2 * vector
+    ours = activations(BASE, 8, 4, kernels="triton", gradients="apart")
+    assert ours.temporaries == 2 * BASE.mlp_ratio * row - statistics - picture
 
 
 @pytest.mark.parametrize("checkpointing", [0, 2])

@@ -22,7 +22,7 @@ from longskip.profiling import efficiency
 from longskip.profiling.hardware import Device, Network
 from longskip.profiling.step_time import GPUS_PER_NODE, StepTime, step_time
 from longskip.profiling.subjects import Subject
-from longskip.profiling.traffic import traffic
+from longskip.profiling.traffic import Zero, traffic
 
 __all__ = ["Cluster", "Option", "Plan", "options", "pareto", "plan"]
 
@@ -232,6 +232,7 @@ def _option(
         accumulation=accumulation,
         checkpointing=config.engine.checkpointing,
         clip=config.optim.clip > 0,
+        zero=Zero(overlap=not cluster.device.measured, offload=config.deepspeed.offload_optimizer == "cpu"),
     )
     step = step_time(
         ledger,

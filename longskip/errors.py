@@ -5,12 +5,22 @@ Exit codes of the command line: 0 done, 1 failed, 2 usage or configuration, 75 s
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_SAVED = 75
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A cure for a name that is not known: the nearest one, or all where none is near."""
+    names = sorted({name for name in known if name})
+    lower = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(str(word).lower(), lower, n=1, cutoff=0.5)
+    return f"did you mean {lower[near[0]]!r}?" if near else f"known: {', '.join(names)}"
 
 
 class LongskipError(Exception):

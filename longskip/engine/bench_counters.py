@@ -6,7 +6,6 @@ a failure the next figure is asked for in a fresh process. Figures do not depend
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import subprocess
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from longskip.engine.bench_common import about, page, table
 from longskip.engine.bench_rivals import PlainUViT, check
-from longskip.errors import ConfigError
+from longskip.errors import ConfigError, did_you_mean
 from longskip.models.presets import preset as preset_of
 from longskip.models.specs import UViTSpec
 from longskip.profiling.rival_counters import COUNTERS, Case, Counter, exact_flops, inputs_of, uvit_case, version
@@ -101,11 +100,7 @@ def bench_counters(
     packages = list(dict.fromkeys(counter.package for counter in COUNTERS))
     for name in only:
         if name not in packages:
-            near = difflib.get_close_matches(name, packages, n=1)
-            known = f"one of {', '.join(packages)}"
-            raise ConfigError(
-                f"no counter of the package {name!r} is known", cure=f"did you mean {near[0]!r}?" if near else known
-            )
+            raise ConfigError(f"no counter of the package {name!r} is known", cure=did_you_mean(name, packages))
     counters = [counter for counter in COUNTERS if not only or counter.package in only]
     versions = {package: version(package) for package in packages if not only or package in only}
     present = [counter for counter in counters if versions[counter.package] is not None]

@@ -13,61 +13,9 @@ from pydantic import BaseModel, ValidationError
 
 from longskip.engine.config import Config
 from longskip.errors import ConfigError
+from longskip.profiling.yamlfiles import parse_yaml, read_yaml
 
-MAX_BYTES = 1 << 20
 MAX_DEPTH = 8
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe loading that refuses duplicate keys and aliases (an alias bomb needs them, a configuration does not)."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise ConfigError(f"{mark.name}:{mark.line + 1}: YAML aliases are not allowed", cure="write the value out")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-            mark = key_node.start_mark
-            if not isinstance(key, str):
-                raise ConfigError(f"{mark.name}:{mark.line + 1}: key {key!r} is no text", cure="keys are words")
-            if key in seen:
-                raise ConfigError(f"{mark.name}:{mark.line + 1}: key {key!r} stands twice", cure="keep one of them")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """One YAML mapping from ``path``; raises ConfigError for anything else."""
-    try:
-        text = path.read_text("utf-8") if path.stat().st_size <= MAX_BYTES else None
-    except FileNotFoundError:
-        raise ConfigError(f"no configuration at {path}", cure="longskip config new --help makes one") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from None
-    if text is None:
-        raise ConfigError(f"{path} is larger than {MAX_BYTES} bytes; that is no configuration")
-    return parse_yaml(text, str(path))
-
-
-def parse_yaml(text: str, name: str = "configuration") -> dict[str, Any]:
-    try:
-        loader = _Loader(text)
-        loader.name = name
-        try:
-            tree = loader.get_single_data()  # type: ignore[no-untyped-call]
-        finally:
-            loader.dispose()  # type: ignore[no-untyped-call]
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{name} is not valid YAML: {error}") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{name} holds a {type(tree).__name__}, not a mapping of groups")
-    return tree
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +34,7 @@ def load_tree(path: Path, *, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"extends goes round in a circle: {' → '.join(p.name for p in (*_chain, path))}")
     if len(_chain) >= MAX_DEPTH:
         raise ConfigError(f"extends is nested deeper than {MAX_DEPTH} files at {path}")
-    tree = read_yaml(path)
+    tree = read_yaml(path, "configuration", cure="longskip config new --help makes one")
     parent = tree.pop("extends", None)
     if parent is None:
         return tree

@@ -23,7 +23,7 @@ import torch
 from longskip.engine import checkpoint
 from longskip.engine.build import load_vocabulary
 from longskip.engine.config import Config
-from longskip.engine.configio import parse_yaml, validate
+from longskip.engine.configio import validate
 from longskip.engine.data.hashes import file_sha256
 from longskip.engine.data.tokens import Vocabulary
 from longskip.engine.runs import find_run
@@ -33,6 +33,7 @@ from longskip.errors import CheckpointError, ConfigError
 from longskip.models.convert import refuse_others
 from longskip.models.specs import UViTSpec
 from longskip.models.uvit import Embed
+from longskip.profiling.yamlfiles import parse_yaml
 
 POSITIONS = "backbone.embed.pos"
 KINDS: dict[str, Kind] = {"ema": "ema", "raw": "weight"}

@@ -17,9 +17,10 @@ from typing import Any
 
 from longskip import __version__
 from longskip.engine.config import Config
-from longskip.engine.configio import dump_yaml, parse_yaml, validate
+from longskip.engine.configio import dump_yaml, validate
 from longskip.engine.identity import differing_keys
 from longskip.errors import ConfigError, RunFolderError, RunLockedError, RunMismatchError
+from longskip.profiling.yamlfiles import parse_yaml
 
 RUNS = Path("runs")
 

@@ -11,7 +11,7 @@ import torch
 
 from longskip.engine import build, checkpoint
 from longskip.engine.config import Config
-from longskip.engine.configio import parse_yaml, validate
+from longskip.engine.configio import validate
 from longskip.engine.diffusion import objective_of
 from longskip.engine.drawing import Drawing, draw, repeats_of
 from longskip.engine.inputs import Inputs
@@ -19,6 +19,7 @@ from longskip.engine.shards import Kind
 from longskip.errors import ConfigError, LongskipError
 from longskip.kernels import backends
 from longskip.models.system import TextToImage
+from longskip.profiling.yamlfiles import parse_yaml
 
 WEIGHTS: dict[str, Kind] = {"ema": "ema", "raw": "weight"}
 

@@ -45,6 +45,7 @@ _SHORT: Choices = {
     (2, 64, 100): (blocks(64, 64, 8, 1),),
     (2, 48, 90): (blocks(64, 64, 8, 2), blocks(64, 64, 8, 1)),
     (2, 64, 90): (blocks(64, 64, 8, 2), blocks(64, 64, 8, 1)),
+    (2, 48, 80): (blocks(32, 32, 8, 1),),
     (2, 64, 80): (blocks(32, 32, 8, 1),),
     (4, 64, 80): (blocks(16, 32, 4, 1),),
 }
@@ -53,7 +54,7 @@ _SHORT_VARLEN: Choices = {**_SHORT, (2, 64, 90): (blocks(64, 64, 8, 1), blocks(6
 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7):  # it takes more registers for the same
     _SHORT = {
         **_SHORT_VARLEN,
-        (2, 64, 100): (blocks(32, 64, 8, 1), blocks(64, 64, 8, 1)),
+        (2, 48, 90): (blocks(64, 64, 8, 1), blocks(64, 64, 8, 2)),
         (2, 64, 80): (blocks(32, 32, 8, 2), blocks(32, 32, 8, 1)),
     }
     _SHORT_VARLEN = _SHORT

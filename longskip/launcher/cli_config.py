@@ -55,8 +55,9 @@ def new(
     resolution: Annotated[int | None, typer.Option(min=1, help="pixels; the preset's by default")] = None,
 ) -> None:
     """Write a commented YAML that trains PRESET on DATA."""
-    from longskip.engine.configio import parse_yaml, validate
+    from longskip.engine.configio import validate
     from longskip.models.presets import preset as preset_of
+    from longskip.profiling.yamlfiles import parse_yaml
 
     spec = preset_of(preset)
     if spec.n_classes or (spec.channels != 3 and resolution is None):

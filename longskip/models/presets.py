@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import fields, replace
 from typing import Any
 
-from longskip.errors import SpecError
+from longskip.errors import SpecError, did_you_mean
 from longskip.models.specs import UViTSpec
 
 __all__ = ["PRESETS", "preset"]
@@ -41,18 +39,12 @@ _TABLE: dict[str, tuple[Any, ...]] = {
 PRESETS: dict[str, UViTSpec] = {name: UViTSpec(**dict(zip(_COLUMNS, row, strict=True))) for name, row in _TABLE.items()}
 
 
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    names = sorted(known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
-
-
 def preset(name: str, **overrides: Any) -> UViTSpec:
     """The named shape with some fields replaced; ``SpecError`` for an unknown name, field or an impossible shape."""
     if name not in PRESETS:
-        raise SpecError(f"unknown preset {name!r}", cure=_did_you_mean(str(name), PRESETS))
+        raise SpecError(f"unknown preset {name!r}", cure=did_you_mean(str(name), PRESETS))
     known = {item.name for item in fields(UViTSpec)}
     for key in overrides:
         if key not in known:
-            raise SpecError(f"unknown model field {key!r}", cure=_did_you_mean(key, known))
+            raise SpecError(f"unknown model field {key!r}", cure=did_you_mean(key, known))
     return replace(PRESETS[name], **overrides)

@@ -7,12 +7,11 @@ backward pass, so its forward is all. What a config leaves out has the default o
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from longskip.errors import EncoderError, SpecError
+from longskip.errors import EncoderError, SpecError, did_you_mean
 
 __all__ = ["KNOWN", "EncoderCost", "encoder_cost"]
 
@@ -240,11 +239,7 @@ def _kind(config: Mapping[str, Any]) -> str:
         )
     kind = KNOWN.get(found) if isinstance(found, str) else None
     if kind is None:
-        near = difflib.get_close_matches(str(found), KNOWN, n=1, cutoff=0.6)
-        known = f"known: {', '.join(KNOWN)}"
-        raise EncoderError(
-            f"no cost is known of the encoder {found!r}", cure=f"did you mean {near[0]!r}? {known}" if near else known
-        )
+        raise EncoderError(f"no cost is known of the encoder {found!r}", cure=did_you_mean(str(found), KNOWN))
     return kind
 
 

@@ -10,17 +10,16 @@ link's bandwidth as the sum of both directions; the row holds one direction.
 
 from __future__ import annotations
 
-import difflib
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from longskip.errors import ConfigError
+from longskip.errors import ConfigError, did_you_mean
 
 DTYPES = ("fp32", "tf32", "bf16", "fp16")
 THIS = "this"  # the short name of the machine that `longskip bench machine` has measured
@@ -268,7 +267,7 @@ def find(name: str, file: Path | None = None) -> Device:
         raise ConfigError(f"--gpu {THIS}: this machine was not measured", cure="longskip bench machine measures it")
     raise ConfigError(
         f"unknown device {name!r}: no rates, so no time and no MFU",
-        cure=f"{nearest(name, [device.short for device in devices])}; others can be described in YAML (--hardware FILE)",
+        cure=f"{did_you_mean(name, [device.short for device in devices])}; others can be described in YAML (--hardware FILE)",
     )
 
 
@@ -280,15 +279,8 @@ def find_network(name: str, file: Path | None = None) -> Network:
             return network
     raise ConfigError(
         f"unknown network {name!r}",
-        cure=f"{nearest(name, [network.name for network in networks])}; others can be described in YAML (--hardware FILE)",
+        cure=f"{did_you_mean(name, [network.name for network in networks])}; others can be described in YAML (--hardware FILE)",
     )
-
-
-def nearest(word: str, names: Iterable[str]) -> str:
-    """A question after the nearest name, or all names where none is near."""
-    choices: Sequence[str] = sorted({name for name in names if name})
-    near = difflib.get_close_matches(word.lower(), choices, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(choices)}"
 
 
 def processor() -> str:

@@ -28,8 +28,9 @@ from typing import Any
 
 import yaml
 
-from longskip.errors import ConfigError
-from longskip.profiling.hardware import DTYPES, Device, Network, Table, nearest, row
+from longskip.errors import ConfigError, did_you_mean
+from longskip.profiling.hardware import DTYPES, Device, Network, Table, row
+from longskip.profiling.yamlfiles import read_yaml
 
 __all__ = ["add_device", "read"]
 
@@ -39,28 +40,11 @@ _DEVICE = (
 )  # fmt: skip
 _NEEDED = ("name", "teraflops", "memory_gb", "bandwidth_gb_s", "source")
 _NETWORK = ("name", "gigabits", "per", "source")
-_MAX_BYTES = 1 << 20
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe loading without aliases and without two keys of one name."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"an alias in line {self.peek_event().start_mark.line + 1}: write the value out")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        twice = sorted({str(name) for name in names if names.count(name) > 1})
-        if twice:
-            raise yaml.YAMLError(f"{twice[0]!r} stands twice below line {node.start_mark.line + 1}")
-        return super().construct_mapping(node, deep)
 
 
 def read(path: Path) -> Table:
     """The file's rows; ConfigError that names file, row and key for anything that does not fit."""
-    tree = _load(path)
+    tree = read_yaml(path, "hardware table", cure="give the path of a YAML file")
     _keys(tree, ("devices", "networks"), (), str(path))
     devices = [_device(item, f"{path}: devices[{at}]") for at, item in enumerate(_list(tree, "devices", str(path)))]
     networks = [_network(item, f"{path}: networks[{at}]") for at, item in enumerate(_list(tree, "networks", str(path)))]
@@ -76,7 +60,7 @@ def add_device(fields: Mapping[str, Any], path: Path) -> None:
 
     Comments are not kept. ConfigError where the file as it is, or the device, does not fit.
     """
-    tree = _load(path) if path.is_file() else {}
+    tree = read_yaml(path, "hardware table", cure="give the path of a YAML file") if path.is_file() else {}
     if path.is_file():
         read(path)
     new = _device(fields, f"{path}: {fields.get('name')!r}")
@@ -86,26 +70,6 @@ def add_device(fields: Mapping[str, Any], path: Path) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), "utf-8")
     os.replace(temporary, path)
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ConfigError(f"{path} is larger than {_MAX_BYTES} bytes; that is no hardware table")
-        loader = _Loader(path.read_text("utf-8"))
-        try:
-            tree = loader.get_single_data()  # type: ignore[no-untyped-call]
-        finally:
-            loader.dispose()  # type: ignore[no-untyped-call]
-    except FileNotFoundError:
-        raise ConfigError(f"no hardware table at {path}", cure="give the path of a YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if tree is None:
-        return {}
-    return _mapping(tree, str(path))
 
 
 def _device(item: Any, where: str) -> Device:
@@ -154,7 +118,7 @@ def _network(item: Any, where: str) -> Network:
 def _keys(item: Mapping[str, Any], allowed: tuple[str, ...], needed: tuple[str, ...], where: str) -> None:
     for key in item:
         if key not in allowed:
-            raise ConfigError(f"{where}: unknown key {key!r}", cure=nearest(str(key), allowed))
+            raise ConfigError(f"{where}: unknown key {key!r}", cure=did_you_mean(str(key), allowed))
     for key in needed:
         if key not in item:
             raise ConfigError(f"{where}: {key} is missing", cure=f"give {', '.join(needed)}")

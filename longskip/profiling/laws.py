@@ -7,7 +7,6 @@ answer says how far outside it is. Built in: ``2410.08184`` (diffusion transform
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -16,9 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import yaml
-
-from longskip.errors import ConfigError
+from longskip.errors import ConfigError, did_you_mean
+from longskip.profiling.yamlfiles import parse_yaml
 
 Tokens = Literal["all", "image"]
 Interval = tuple[float, float]
@@ -273,9 +271,7 @@ def find_law(name: str) -> Law:
         )
     if Path(name).suffix.lower() in (".json", ".yaml", ".yml") or Path(name).exists():
         return load_law(name)
-    near = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.5)
-    known = f"known: {', '.join(BUILT_IN)}, or a JSON or YAML file of a fit"
-    raise ConfigError(f"unknown law {name!r}", cure=f"did you mean {near[0]!r}? {known}" if near else known)
+    raise ConfigError(f"unknown law {name!r}", cure=f"{did_you_mean(name, BUILT_IN)}; or a JSON or YAML file of a fit")
 
 
 def load_law(path: str | os.PathLike[str]) -> Law:
@@ -288,12 +284,12 @@ def load_law(path: str | os.PathLike[str]) -> Law:
     file = Path(path)
     try:
         text = file.read_text("utf-8")
-        body = json.loads(text) if file.suffix.lower() == ".json" else yaml.safe_load(text)
+        body = json.loads(text) if file.suffix.lower() == ".json" else parse_yaml(text, str(file))
     except FileNotFoundError as error:
         raise ConfigError(
             f"{file} does not exist", cure="longskip budget fit … --out FOLDER writes law.json"
         ) from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read as JSON or YAML: {error}", cure="see load_law's form") from error
     if isinstance(body, Mapping) and isinstance(body.get("law"), Mapping):
         body = body["law"]  # the whole output of ``budget fit --json``
@@ -330,9 +326,7 @@ class _Reader:
         allowed = {*known, *_HEAD}
         for key in self.body:
             if key not in allowed:
-                near = difflib.get_close_matches(str(key), sorted(allowed), n=1, cutoff=0.5)
-                cure = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(allowed))}"
-                raise ConfigError(f"{self.file}: unknown key {key!r}", cure=cure)
+                raise ConfigError(f"{self.file}: unknown key {key!r}", cure=did_you_mean(str(key), allowed))
 
     def number(self, key: str, body: Mapping[str, Any] | None = None, *, above: float | None = 0.0) -> float:
         body = self.body if body is None else body

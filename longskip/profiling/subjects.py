@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from longskip.errors import ConfigError
+from longskip.errors import ConfigError, did_you_mean
 from longskip.kernels.formulas import OpCost
 from longskip.models.calls import Call, TokenClass
 from longskip.models.presets import PRESETS, preset
@@ -195,7 +194,5 @@ def _size(name: str, value: int) -> int:
 
 def _known(what: str, name: str, known: Iterable[str]) -> str:
     if name not in known:
-        near = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.4)
-        cure = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(known)}"
-        raise ConfigError(f"unknown {what} {name!r}", cure=cure)
+        raise ConfigError(f"unknown {what} {name!r}", cure=did_you_mean(name, known))
     return name

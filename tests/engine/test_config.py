@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longskip.engine.config import Config
-from longskip.engine.configio import dump_yaml, load_config, parse_override, parse_yaml, validate
+from longskip.engine.configio import dump_yaml, load_config, parse_override, validate
 from longskip.engine.identity import differing_keys
 from longskip.errors import ConfigError, SpecError
+from longskip.profiling.yamlfiles import parse_yaml
 
 
 def test_numbers_as_yaml_text(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from longskip.engine import build, checkpoint
 from longskip.engine.config import Config
-from longskip.engine.configio import parse_yaml, validate
+from longskip.engine.configio import validate
 from longskip.engine.data.tokens import Vocabulary
 from longskip.engine.export import convert_file, export
 from longskip.engine.initial import POSITIONS, find_initial, initial_values, initial_vocabulary
@@ -22,6 +22,7 @@ from longskip.engine.sample import load_run
 from longskip.errors import CheckpointError, ConfigError
 from longskip.models.conditioning import Conditioning
 from longskip.models.uvit import UViT
+from longskip.profiling.yamlfiles import parse_yaml
 from tests.figures import figure
 from tests.ranks import run_ranks, small_config
 from tests.saved_runs import saved_run, saved_tensors

@@ -219,7 +219,7 @@ FOUR = {**VAE, "block_out_channels": [8] * 4, "down_block_types": ["DownEncoderB
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"_class_name": "VQModel"}, r"'VQModel'[^$]*AutoencoderKL, t5, clip, clip_text_model"),
+        ({"_class_name": "VQModel"}, r"'VQModel'[^$]*known: AutoencoderKL, clip, clip_text_model, t5"),
         ({"_class_name": "AutoencoderKl"}, r"did you mean 'AutoencoderKL'"),
         ({"model_type": "umt5"}, r"'umt5'"),
         ({"model_type": ["t5"]}, r"\['t5'\]"),

@@ -149,8 +149,8 @@ def test_a_users_law_in_yaml_and_what_is_wrong_with_it(tmp_path: Path) -> None:
         (text.replace("[1e17, 1e19]", "[1e19, 1e17]"), "backwards"),
         (text.replace("parametric", "cubic"), "form = 'cubic'"),
         (text.replace("image", "words"), "tokens = 'words'"),
-        ("- 1\n", "no mapping"),
-        ("a: [", "cannot be read"),
+        ("- 1\n", "not a mapping"),
+        ("a: [", "not valid YAML"),
     ):
         file.write_text(changed)
         with pytest.raises(ConfigError, match=said):

@@ -180,7 +180,7 @@ def test_the_command_counts_in_another_process(tmp_path: Path) -> None:
         ({"presets": ["uvit-tny"]}, SpecError, "did you mean 'uvit-tiny'"),
         ({"devices": ["cuda"]}, ConfigError, "not on 'cuda'"),
         ({"only": ["torchinf"]}, ConfigError, "did you mean 'torchinfo'"),
-        ({"only": ["zzz"]}, ConfigError, "one of longskip, torch, fvcore, deepspeed"),
+        ({"only": ["zzz"]}, ConfigError, "known: calflops, deepspeed, fvcore, longskip"),
     ],
 )
 def test_what_cannot_be_asked_for(arguments: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from longskip.engine import build, checkpoint
+from longskip.engine import vocabulary as vocabulary_file
 from longskip.engine.configio import dump_yaml, merge, validate
 from longskip.engine.data.tokens import Vocabulary
 from longskip.engine.optim import AdamW, parameter_groups
@@ -27,7 +28,7 @@ def saved_run(run: Path, *, seed: int = 0, captions: Sequence[str] = CAPTIONS, s
     (run / "checkpoints").mkdir(parents=True)
     vocabulary = Vocabulary.build(captions, 400) if config.encoders.text.kind == "words" else None
     if vocabulary is not None:
-        build.save_vocabulary(run / "vocabulary.json", vocabulary)
+        vocabulary_file.save_vocabulary(run / "vocabulary.json", vocabulary)
     (run / "config.yaml").write_text(dump_yaml(config))
     model = build.build_model(config, len(vocabulary or ())).materialize(seed)
     shards = Shards(SimpleNamespace(module=model, optimizer=None), AdamW(parameter_groups(model, 0.0), config.optim), 0)

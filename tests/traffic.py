@@ -129,7 +129,7 @@ def traced(cases: Sequence[Case], data: Path, folder: Path) -> list[list[dict[st
 
 def _steps(jobs: Iterable[tuple[Config, Path, Path]]) -> None:
     """In a rank: ``STEPS`` steps of every job under a trace; the first rank writes what it saw."""
-    from longskip.engine import build
+    from longskip.engine import vocabulary
     from longskip.engine.distributed import join
     from longskip.engine.prepare import prepare
     from longskip.engine.trace import Trace, predicted
@@ -137,7 +137,7 @@ def _steps(jobs: Iterable[tuple[Config, Path, Path]]) -> None:
     world = join()
     for config, run, out in jobs:
         job = prepare(config, run, world)
-        words = len(build.words_of(run, config) or ())
+        words = len(vocabulary.words_of(run, config) or ())
         resolved = json.loads((run / "ds_config.json").read_text("utf-8"))
         lines = []
         for step in range(1, STEPS + 1):

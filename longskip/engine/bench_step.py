@@ -25,7 +25,6 @@ import torch
 from longskip.engine import bench_rivals
 from longskip.engine.bench_common import VERDICTS, about, cores, page, shown, spread, table
 from longskip.engine.bench_rivals import declared
-from longskip.engine.build import build_vocabulary
 from longskip.engine.config import Config
 from longskip.engine.configio import validate
 from longskip.engine.data.plan import Plan
@@ -37,6 +36,7 @@ from longskip.engine.inputs import Inputs
 from longskip.engine.ports import free_port
 from longskip.engine.prepare import prepare
 from longskip.engine.trace import Trace
+from longskip.engine.vocabulary import build_vocabulary
 from longskip.errors import ConfigError, LongskipError
 
 WARM_UP = 3  # ZeRO-3 learns the order of the modules in its first step and prefetches from the second on

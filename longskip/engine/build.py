@@ -1,4 +1,4 @@
-"""From a configuration to things: vocabulary, model, DeepSpeed configuration and engine, weights for drawing."""
+"""From a configuration to things: model, DeepSpeed configuration and engine, weights for drawing."""
 
 from __future__ import annotations
 
@@ -11,50 +11,19 @@ import torch
 from longskip.engine import fused_step
 from longskip.engine.checkpoint import Archive
 from longskip.engine.config import BatchPlan, Config
-from longskip.engine.data.sources import SizedSource, Source
-from longskip.engine.data.tokens import FIRST_WORD, Vocabulary
+from longskip.engine.data.tokens import Vocabulary
 from longskip.engine.distributed import World, import_deepspeed
 from longskip.engine.fitting import reduce_bucket
-from longskip.engine.opening import spread
 from longskip.engine.optim import AdamW, parameter_groups
-from longskip.engine.runs import write_atomic
 from longskip.engine.shards import Kind, Shards
-from longskip.errors import BadSampleError, ConfigError
+from longskip.engine.vocabulary import words_of
+from longskip.errors import ConfigError
 from longskip.kernels import backends
 from longskip.models.init import initial_value
 from longskip.models.packed import Layout
 from longskip.models.system import TextToImage
 from longskip.models.text import WordEncoder
 from longskip.models.uvit import UViT
-
-VOCABULARY_SCAN = 100_000
-
-
-def build_vocabulary(config: Config, source: SizedSource) -> Vocabulary:
-    """The words of the captions (of at most ``VOCABULARY_SCAN`` samples spread evenly), the most frequent kept."""
-    texts = (text for i in spread(source, VOCABULARY_SCAN) for text in captions_at(source, i))
-    return Vocabulary.build(texts, max(config.encoders.text.vocabulary, FIRST_WORD))
-
-
-def captions_at(source: Source, i: int) -> list[str]:
-    """The captions of a sample; none for a bad one (the reader counts and lists those)."""
-    try:
-        return [text for text, _ in source.captions(i)]
-    except BadSampleError:
-        return []
-
-
-def save_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
-    write_atomic(path, json.dumps(vocabulary.to_json(), ensure_ascii=False))
-
-
-def load_vocabulary(path: Path) -> Vocabulary:
-    return Vocabulary.from_json(json.loads(path.read_text("utf-8")))
-
-
-def words_of(run: Path, config: Config) -> Vocabulary | None:
-    """The run's vocabulary where its text encoder is the word encoder."""
-    return load_vocabulary(run / "vocabulary.json") if config.encoders.text.kind == "words" else None
 
 
 def build_model(config: Config, vocabulary_size: int, *, layout: Layout | None = None) -> TextToImage:

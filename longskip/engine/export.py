@@ -21,12 +21,12 @@ import torch
 
 from longskip import __version__
 from longskip.engine import checkpoint
-from longskip.engine.build import words_of
 from longskip.engine.config import Config
 from longskip.engine.configio import validate
 from longskip.engine.data.tokens import Vocabulary
 from longskip.engine.initial import KINDS, spec_of_metadata
 from longskip.engine.tensorfiles import DTYPES, PIECE, SHARD_BYTES, Entry, TensorFile, write_file, write_files
+from longskip.engine.vocabulary import words_of
 from longskip.errors import ConfigError
 from longskip.models import convert
 from longskip.models.specs import UViTSpec

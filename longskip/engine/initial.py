@@ -21,7 +21,6 @@ from typing import Any, Protocol
 import torch
 
 from longskip.engine import checkpoint
-from longskip.engine.build import load_vocabulary
 from longskip.engine.config import Config
 from longskip.engine.configio import validate
 from longskip.engine.data.hashes import file_sha256
@@ -29,6 +28,7 @@ from longskip.engine.data.tokens import Vocabulary
 from longskip.engine.runs import find_run
 from longskip.engine.shards import Kind, Shards
 from longskip.engine.tensorfiles import TensorFile, parts_of, refuse_pickle
+from longskip.engine.vocabulary import load_vocabulary
 from longskip.errors import CheckpointError, ConfigError
 from longskip.models.convert import refuse_others
 from longskip.models.specs import UViTSpec

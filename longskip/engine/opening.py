@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
-
-import numpy as np
 
 from longskip.engine.config import Config
 from longskip.engine.data.buckets import Assignment, assign, resolve_buckets, stored_sizes
 from longskip.engine.data.captions import check_fields
 from longskip.engine.data.mix import MixedSource
 from longskip.engine.data.plan import Plan
-from longskip.engine.data.remote import RemoteSource, open_remote
+from longskip.engine.data.remote import open_remote
 from longskip.engine.data.sources import ShardSource, SizedSource, open_source
 from longskip.engine.data.streams import plan_of
 from longskip.engine.data.transport import is_url
-from longskip.engine.encoders import check_manifest
 from longskip.errors import ConfigError
 
 
@@ -53,6 +49,8 @@ def open_data(config: Config, path: str, *, check: bool = True) -> SizedSource:
     if check:
         index = source.index if isinstance(source, ShardSource) else None
         members = index.members if index else {"image": len(source)}
+        from longskip.engine.encoders import check_manifest  # torch
+
         check_manifest(config, index.encoders if index else {}, members, path)
     return source
 
@@ -100,19 +98,3 @@ def plan_for(config: Config, source: SizedSource, batch: int, assignment: Assign
     """The order of the samples in global batches of ``batch``."""
     window = config.data.window_shards if config.data.shuffle == "window" else None
     return plan_of(source, batch, config.train.seed, assignment=assignment, window_shards=window)
-
-
-def spread(source: SizedSource, limit: int) -> Iterator[int]:
-    """At most ``limit`` samples spread evenly; of a remote source the first window's, so that no more is fetched."""
-    if isinstance(source, MixedSource):
-        for start, member in zip(source.starts.tolist(), source.members, strict=True):
-            yield from (start + i for i in spread(member, max(1, limit // len(source.members))))
-        return
-    numbers = np.arange(len(source))
-    if isinstance(source, RemoteSource):
-        counts = [shard.count for shard in source.index.shards]
-        ends = np.cumsum([0, *counts])
-        shards = sorted(source.order.shards_of(0, 0).tolist())
-        numbers = np.concatenate([np.arange(ends[shard], ends[shard + 1]) for shard in shards])
-    stride = -(-len(numbers) // limit)
-    yield from numbers[::stride].tolist()

@@ -14,6 +14,7 @@ import torch
 
 from longskip import errors
 from longskip.engine import build, checkpoint, fitting, initial
+from longskip.engine import vocabulary as vocabulary_file
 from longskip.engine.config import BatchPlan, Config
 from longskip.engine.costs import StepCost, few_image_tokens, step_cost
 from longskip.engine.data.buckets import Assignment
@@ -47,7 +48,7 @@ def prepare(config: Config, run_path: Path, world: World) -> Job:
     plan = plan_for(config, source, batch.total, assignment)
     if not resuming and config.encoders.text.kind == "words":
         on_main(world, lambda: _begin_vocabulary(run, config, source))
-    vocabulary = build.words_of(run.path, config)
+    vocabulary = vocabulary_file.words_of(run.path, config)
     inputs = Inputs(config, vocabulary, world.device, source)
     on_main(world, lambda: inputs.load(source))
     draws = draws_of(config)
@@ -167,8 +168,8 @@ def _find_start(
 def _begin_vocabulary(run: RunFolder, config: Config, source: SizedSource) -> None:
     """A new run's words: those of the weights that it starts from, else those of its captions."""
     parent = initial.initial_vocabulary(config.train.init_from) if config.train.init_from else None
-    words = build.load_vocabulary(parent) if parent else build.build_vocabulary(config, source)
-    build.save_vocabulary(run / "vocabulary.json", words)
+    words = vocabulary_file.load_vocabulary(parent) if parent else vocabulary_file.build_vocabulary(config, source)
+    vocabulary_file.save_vocabulary(run / "vocabulary.json", words)
 
 
 def on_main(world: World, act: Callable[[], object]) -> object:

@@ -10,11 +10,15 @@ from typing import Any
 
 from longskip.engine import encoderfiles
 from longskip.engine.config import Config
+from longskip.engine.opening import open_training
+from longskip.engine.runs import RUNS
+from longskip.engine.vocabulary import build_vocabulary, words_of
 from longskip.errors import ConfigError, EncoderError
 from longskip.profiling.subjects import Subject
 
 __all__ = ["ENCODERS", "settings_of", "step_of", "subject_of"]
 
+AUTO = "kernels.backend auto counts as torch here: a device decides it; --kernels triton counts ours"
 ENCODERS = ("auto", "online", "stored")
 _INDEX_BYTES = 1 << 28
 
@@ -27,24 +31,48 @@ def subject_of(config: Config, name: str, encoders: str = "auto") -> Subject:
     encoder that is to run and has no folder.
     """
     running, notes = _running(config, encoders)
-    return _subject(config, name, running, notes)
+    words, how = known_words(config, name)
+    return _subject(config, name, running, notes + how, words)
+
+
+def known_words(config: Config, name: str) -> tuple[int, list[str]]:
+    """How many rows the word encoder's table has, and what has to be said of it: the run's own vocabulary where there is
+    a run of that name, else the captions' where the data are here, else the most that it may be."""
+    text = config.encoders.text
+    if text.kind != "words":
+        return text.vocabulary, []
+    run = RUNS / (config.train.name or name)
+    if (run / "vocabulary.json").is_file():
+        found = words_of(run, config)
+        assert found is not None
+        return len(found), []
+    paths = [each.path for each in config.data.mix] or [config.data.path]
+    if all(path and "://" not in path and Path(path).exists() for path in paths):
+        return len(build_vocabulary(config, open_training(config, check=False))), []
+    table = text.vocabulary * text.width
+    return text.vocabulary, [
+        f"the captions are not here: N counts {text.vocabulary:,} words ({table:,} parameters) as the most there may be; a "
+        "run counts the words that it finds"
+    ]
 
 
 def step_of(config: Config, running: Mapping[str, Mapping[str, Any]], kernels: Mapping[str, str] | None) -> Subject:
     """The same for one image of a run that knows which frozen encoders it has (``running``: part → its config.json) and
     what serves the ops (None: what the configuration says)."""
-    found = replace(_subject(config, "", running, []), batch=1)
+    found = replace(_subject(config, "", running, [], config.encoders.text.vocabulary), batch=1)
     return found if kernels is None else replace(found, kernels=kernels)
 
 
-def _subject(config: Config, name: str, running: Mapping[str, Mapping[str, Any]], notes: list[str]) -> Subject:
+def _subject(
+    config: Config, name: str, running: Mapping[str, Mapping[str, Any]], notes: list[str], words: int
+) -> Subject:
     train, text = config.train, config.encoders.text
     micro = train.micro_batch or config.batch(1).micro
     if not train.micro_batch:
         notes.append("train.micro_batch is not set: the batch is that of one rank alone")
     kernels = {op: backend.removeprefix("require:") for op, backend in config.kernels.by_op().items()}
     if "auto" in kernels.values():
-        notes.append("kernels.backend auto counts as torch here: a device decides it; --kernels triton counts ours")
+        notes.append(AUTO)
     if config.buckets:
         height, width = config.resolution
         notes.append(f"data.buckets has other sizes as well; this is {height}x{width}")
@@ -56,7 +84,7 @@ def _subject(config: Config, name: str, running: Mapping[str, Mapping[str, Any]]
         precision=train.dtype,
         checkpointing=config.engine.checkpointing,
         kernels={op: "torch" if backend == "auto" else backend for op, backend in kernels.items()},
-        text=config.text_encoder(text.vocabulary),
+        text=config.text_encoder(words),
         masked=text.frozen,
         encoders=running,
         # DDPM's target is made beforehand, and its loss taken as an x-prediction's (engine/diffusion.py).

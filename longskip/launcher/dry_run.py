@@ -26,7 +26,8 @@ def show(config: Config, run_path: Path, ranks: int | None = None) -> None:
     Raises what a start would raise: RunMismatchError for another run in the folder, what opening the data raises where
     they are here, ConfigError for ``ranks`` that do not divide the batch.
     """
-    from longskip.engine.build import deepspeed_config, words_of
+    from longskip.engine.build import deepspeed_config
+    from longskip.engine.vocabulary import words_of
 
     run = RunFolder(run_path)
     resuming = run.check(config)

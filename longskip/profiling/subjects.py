@@ -161,7 +161,8 @@ def resized(
             )
         found = replace(found, checkpointing=checkpointing)
     if kernels is not None:
-        found = replace(found, kernels={"all": _known("backend", kernels, BACKENDS)})
+        notes = tuple(note for note in found.notes if not note.startswith("kernels.backend"))  # no longer so
+        found = replace(found, kernels={"all": _known("backend", kernels, BACKENDS)}, notes=notes)
     return found
 
 

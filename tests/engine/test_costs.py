@@ -9,8 +9,13 @@ import torch
 
 from longskip.engine.build import build_model
 from longskip.engine.costs import step_cost
+from longskip.engine.data.sources import open_source
+from longskip.engine.data.tokens import Vocabulary
 from longskip.engine.diffusion import Flow
+from longskip.engine.profiled import subject_of
+from longskip.engine.vocabulary import build_vocabulary, save_vocabulary
 from longskip.profiling import count_flops
+from longskip.profiling.encoder_costs import encoder_cost
 from tests.figures import figure
 from tests.ranks import small_config
 
@@ -86,3 +91,34 @@ def test_a_bucket_costs_what_its_size_costs(shapes: Path) -> None:
     assert cost.model_flops == 3 * count_flops(lambda: built(torch.randn(2, 3, 24, 40), time, tokens)).flops
     assert cost.tokens == 2 * (1 + 16 + 3 * 5) and cost.image_tokens == 2 * 3 * 5
     assert cost.six_nd == 6 * 7 * cost.tokens
+
+
+def test_a_profile_counts_the_words_that_the_run_would(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """N is the built model's: of the captions where the data are here, of the run where there is one, else the most."""
+    monkeypatch.chdir(tmp_path)
+    config = small_config(shapes)
+    words = build_vocabulary(config, open_source(config.data.path))
+    built = build_model(config, len(words))
+    subject = subject_of(config, "mine")
+    assert subject.parameters == sum(p.numel() for p in built.parameters())
+    assert not any("captions" in note for note in subject.notes)
+    save_vocabulary(tmp_path / "runs" / "mine" / "vocabulary.json", Vocabulary(("red", "blue")))
+    assert subject_of(config, "mine").text.vocab_size == 257 + 2  # type: ignore[union-attr]
+    away = small_config(tmp_path / "elsewhere")
+    most = subject_of(away, "other")
+    assert most.text.vocab_size == away.encoders.text.vocabulary  # type: ignore[union-attr]
+    assert any("captions are not here" in note for note in most.notes)
+
+
+def test_encoders_that_run_along_are_in_hardware_flops_only(shapes: Path) -> None:
+    config = small_config(shapes, train={"batch_size": 2})
+    vae = {"_class_name": "AutoencoderKL", "block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4,
+           "down_block_types": ["DownEncoderBlock2D"] * 2}  # fmt: skip
+    plain = step_cost(config, config.batch(1), n_parameters=7)
+    along = step_cost(config, config.batch(1), n_parameters=7, encoders={"vae": vae})
+    height, width = config.resolution
+    encoding = encoder_cost(vae, pixels=(height, width)).flops
+    assert along.model_flops == plain.model_flops and along.six_nd == plain.six_nd
+    assert along.hardware_flops - plain.hardware_flops == 2 * encoding > 0

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from longskip.engine import checkpoint
-from longskip.engine.build import words_of
 from longskip.engine.config import Config
 from longskip.engine.configio import validate
 from longskip.engine.data.tokens import Vocabulary
 from longskip.engine.export import export
 from longskip.engine.initial import describe_start, initial_values, kept_start, lower_rate
+from longskip.engine.vocabulary import words_of
 from longskip.errors import CheckpointError
 from longskip.profiling.yamlfiles import parse_yaml
 from tests.engine.test_resume import assert_same_run

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from longskip.engine import build, checkpoint
+from longskip.engine import checkpoint, vocabulary
 from longskip.engine.config import Config
 from longskip.engine.configio import validate
 from longskip.engine.data.tokens import Vocabulary
@@ -40,7 +40,7 @@ def child(run: Path, **groups: Any) -> tuple[Config, Vocabulary | None]:
     for name, group in groups.items():
         tree[name] |= group
     config = validate(tree)
-    return config, build.words_of(run, config)
+    return config, vocabulary.words_of(run, config)
 
 
 def bicubic(plane: np.ndarray, rows: int, cols: int) -> np.ndarray:
@@ -130,7 +130,7 @@ def test_every_kind_of_source_agrees(parent: Path, tmp_path: Path, monkeypatch: 
         for source in sources:
             found = find_initial(source)
             path = initial_vocabulary(source)
-            assert path is not None and build.load_vocabulary(path) == words
+            assert path is not None and vocabulary.load_vocabulary(path) == words
             with initial_values(found, "ema", config, words) as values:
                 assert values.keys() == reference.keys()
                 assert all(torch.equal(values[name], reference[name]) for name in reference), source

@@ -85,13 +85,13 @@ def test_the_cross_product_of_real_runs(shapes: Path, tmp_path: Path, stage: int
 def _resumed(config: Any, run: Path, stop: int, out: Path) -> None:
     import json
 
-    from longskip.engine import build
+    from longskip.engine import vocabulary
     from longskip.engine.distributed import join
     from longskip.engine.prepare import prepare
 
     world = join()
     job = prepare(config, run, world)
-    words = len(build.words_of(run, config) or ())
+    words = len(vocabulary.words_of(run, config) or ())
     resolved = json.loads((run / "ds_config.json").read_text("utf-8"))
     same = []
     for step in range(1, stop + 1):

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from longskip.engine import checkpoint
-from longskip.engine.build import build_model, load_vocabulary
+from longskip.engine.build import build_model
 from longskip.engine.config import Config
 from longskip.engine.data.plan import Plan
 from longskip.engine.data.reader import Reader
 from longskip.engine.data.sources import open_source
 from longskip.engine.optim import ema_decay, learning_rate
+from longskip.engine.vocabulary import load_vocabulary
 from tests.figures import figure
 from tests.ranks import run_ranks, small_config, train_ranks
 

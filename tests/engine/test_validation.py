@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from longskip.engine import checkpoint, tensorfiles
-from longskip.engine.build import build_model, build_vocabulary, deepspeed_config
+from longskip.engine.build import build_model, deepspeed_config
 from longskip.engine.config import Config
 from longskip.engine.configio import validate
 from longskip.engine.data.sources import open_source
@@ -25,6 +25,7 @@ from longskip.engine.inputs import Inputs
 from longskip.engine.prepare import prepare
 from longskip.engine.shards import KINDS, Shards
 from longskip.engine.validation import Validation
+from longskip.engine.vocabulary import build_vocabulary
 from longskip.errors import DataError, DiskFullError
 from tests.live_bytes import LiveBytes
 from tests.ranks import run_ranks, small_config

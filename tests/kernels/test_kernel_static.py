@@ -78,7 +78,7 @@ def test_the_report_holds_every_form_of_attention() -> None:
     ):
         for target in jit.TARGETS:
             found = [row for row in rows if row["kernel"] == kernel and row["target"] == target and row["default"]]
-            for form in ("*uint8", "*int64"):
+            for form in ("uint8", "int64"):
                 head_dims = {
                     int(part.removeprefix("HEAD_DIM="))
                     for row in found
@@ -149,6 +149,9 @@ def made(**changes: Any) -> static.Compiled:
     [
         ({}, None),
         ({"spill_bytes": 8}, "8 bytes of stack, allowed 0"),
+        ({"spill_bytes": 8, "case": CASES[0].id}, "8 bytes of stack, allowed 0"),
+        ({"spill_bytes": 40, "case": "attention-T334-Dh96-H16-B64-masked"}, None),
+        ({"spill_bytes": 48, "case": "attention-T334-Dh96-H16-B64-masked"}, "48 bytes of stack, allowed 40"),
         ({"shared_bytes": 228 * 1024}, "the device has 232448"),
         ({"error": "PTXASError: no"}, "PTXASError: no"),
         ({"kernel": "_attention_forward"}, "no wgmma.mma_async"),

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from longskip.engine.build import save_vocabulary
 from longskip.engine.config import Config
 from longskip.engine.costs import few_image_tokens
 from longskip.engine.data.encode import encode_shards
@@ -15,6 +14,7 @@ from longskip.engine.data.tokens import Vocabulary
 from longskip.engine.encoders import Encoders
 from longskip.engine.opening import described, open_training
 from longskip.engine.runs import RunFolder
+from longskip.engine.vocabulary import save_vocabulary
 from longskip.errors import DataError, EncoderError, LongskipError, RunMismatchError, ShardError
 from longskip.launcher.dry_run import show
 from tests.ranks import small_config

@@ -100,7 +100,7 @@ def test_a_profile_counts_the_words_that_the_run_would(
     monkeypatch.chdir(tmp_path)
     config = small_config(shapes)
     words = build_vocabulary(config, open_source(config.data.path))
-    built = build_model(config, len(words))
+    built = build_model(config, len(words), layout="named")  # nothing padded
     subject = subject_of(config, "mine")
     assert subject.parameters == sum(p.numel() for p in built.parameters())
     assert not any("captions" in note for note in subject.notes)

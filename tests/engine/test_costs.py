@@ -104,6 +104,7 @@ def test_a_profile_counts_the_words_that_the_run_would(
     subject = subject_of(config, "mine")
     assert subject.parameters == sum(p.numel() for p in built.parameters())
     assert not any("captions" in note for note in subject.notes)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
     save_vocabulary(tmp_path / "runs" / "mine" / "vocabulary.json", Vocabulary(("red", "blue")))
     assert subject_of(config, "mine").text.vocab_size == 257 + 2  # type: ignore[union-attr]
     away = small_config(tmp_path / "elsewhere")

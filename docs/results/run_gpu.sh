@@ -34,10 +34,11 @@ bench() {  # name, seconds, options…
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm --format=csv,noheader | tee "$out/device.txt"
 case $what in
   kernels)
-    step tests 200 "$python" -m pytest -q -m gpu tests/gpu -k "not sanitizer"
-    bench rows 130 --tune --save --op adaln --op gated_adaln --op gated_residual --op layer_norm --op rms_norm --op diffusion_loss
-    bench attention 130 --tune --save --op attention --op qk_norm_rotary
-    bench products 130 --tune --save --op skip_linear --op mlp --op swiglu --op adamw
+    step tests 160 "$python" -m pytest -q -m gpu tests/gpu -k "not sanitizer"
+    bench rows 110 --tune --save --op adaln --op gated_adaln --op gated_residual --op layer_norm --op rms_norm --op diffusion_loss
+    bench attention 150 --tune --save --op attention --op qk_norm_rotary
+    bench products 110 --tune --save --op skip_linear --op mlp --op swiglu --op adamw
+    bench packed 50 --no-sweep --op attention_varlen
     ;;
   training)
     step sanitizer 120 "$python" -m pytest -q -m gpu tests/gpu -k sanitizer

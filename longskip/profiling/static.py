@@ -37,7 +37,7 @@ from longskip.kernels import backends, jit, tables
 from longskip.profiling.kernel_cases import CASES, COMPILED, SWEEP, KernelCase
 
 SPILL_LIMIT = 0  # bytes of stack per thread
-RARE_SPILL_LIMIT = 40  # of the forms of attention that are compiled only: no preset takes them
+RARE_SPILL_LIMIT = 40  # of the forms of attention that are compiled and not benched
 # Families whose kernels multiply matrices: each must reach the tensor cores by the target's own instructions.
 MATRIX_FAMILIES = ("attention", "mlp", "skip_linear")
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
@@ -404,7 +404,7 @@ def page(compiled: Sequence[Compiled]) -> str:
         f"`make proofs`: {len(compiled):,} compilations for {targets}, "
         "no GPU needed; specialised as the just-in-time compiler would. All of them, with the mix of instructions and a hash "
         f"of every kernel's source, in kernels-static.json. Limits broken by what is taken by default: {len(found)}.\n\n"
-        f"{SPILL_LIMIT} spilled bytes are allowed, {RARE_SPILL_LIMIT} in the forms of attention that no preset takes (other head "
+        f"{SPILL_LIMIT} spilled bytes are allowed, {RARE_SPILL_LIMIT} in forms of attention that are compiled and not benched (other head "
         f"dims, masks, offsets): {len(spilled)} compilations of the default spill, at most "
         f"{max((c.spill_bytes for c in spilled), default=0)} bytes.\n\n"
         f"Choices that only a table of measurements may name: {len(by_table):,}, of which {len(spilling)} spill, at most "

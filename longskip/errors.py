@@ -119,6 +119,10 @@ class RunFolderError(ConfigError):
     """A path or name that is no run folder, or a run folder with a file that cannot be read."""
 
 
+class RendezvousError(LongskipError):
+    """Ranks of one job that did not find each other in time."""
+
+
 class RunLockedError(LongskipError):
     """A second job on a run folder that another one owns."""
 

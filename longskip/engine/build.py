@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from longskip.engine import fused_step
-from longskip.engine.checkpoint import Archive
+from longskip.engine.checkpoint import Archive, specs_of
 from longskip.engine.config import BatchPlan, Config
 from longskip.engine.data.tokens import Vocabulary
 from longskip.engine.distributed import World, import_deepspeed
@@ -41,6 +41,7 @@ def load_model(run: Path, config: Config, checkpoint: Path, kind: Kind) -> tuple
     model = build_model(config, len(vocabulary or ()), layout="named").to_empty(device="cpu")
     with Archive(checkpoint) as archive:
         archive.check_model({name: tuple(shape) for name, _, _, shape in model.canonical()})
+        archive.check_specs(specs_of(config.backbone(), config.text_encoder(len(vocabulary or ()))))
         model.load_state_dict(archive.full(kind))
     return model.eval(), vocabulary
 

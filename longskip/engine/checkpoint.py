@@ -1,9 +1,10 @@
 """Checkpoints: each rank's slices as safetensors under a manifest of hashes, committed by one rename.
 
-A folder ``checkpoints/step-00001000`` holds ``weights-RANK.safetensors`` (fp32 weights and EMA), ``moments-RANK.safetensors``
-(Adam's two moments), ``state.json`` (counters, data cursor) and ``manifest.json`` (format, every tensor's full shape, every
-file's bytes and SHA-256). A key is ``KIND/NAME@OFFSET``: a 1-D run of the flattened tensor NAME, so that loading re-slices
-for any number of ranks, any ZeRO stage and any layout. Nothing is ever unpickled.
+A folder ``checkpoints/step-00001000`` holds ``weights-RANK.safetensors`` (fp32 weights and EMA),
+``moments-RANK.safetensors`` (Adam's two moments), ``state.json`` (counters, data cursor) and ``manifest.json`` (format, the
+model's specs, every tensor's full shape, every file's bytes and SHA-256). A key is ``KIND/NAME@OFFSET``: a 1-D run of the
+flattened tensor NAME, so that loading re-slices for any number of ranks, any ZeRO stage and any layout. Nothing is ever
+unpickled.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,10 +30,13 @@ if TYPE_CHECKING:
     import torch
 
     from longskip.engine.shards import Kind, Shards, Slice
+    from longskip.models.specs import TextEncoderSpec, UViTSpec
+    from longskip.models.system import TextToImage
 
 FORMAT, VERSION = "longskip-checkpoint", 1
 FILES: dict[str, tuple[Kind, ...]] = {"weights": ("weight", "ema"), "moments": ("exp_avg", "exp_avg_sq")}
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+_NOT_THE_MODEL = ("pos_init", "out_channels")
 _STEP = re.compile(r"^step-(\d{8})$")
 
 
@@ -146,6 +150,7 @@ def _commit(
             "step": step,
             "world": shards.world,
             "zero_stage": shards.stage,
+            "model": _specs_of(shards.model),
             "tensors": shapes,
             "files": files,
         },
@@ -158,6 +163,18 @@ def _commit(
     faults.point("save.before_latest", step=step)
     _write_json(final.parent / ".latest.tmp", final.name)
     os.replace(final.parent / ".latest.tmp", final.parent / "latest")
+
+
+def specs_of(backbone: UViTSpec, text: TextEncoderSpec | None) -> dict[str, Any]:
+    """What a model is beyond its tensors' shapes, as JSON: the fields of both specs, None for a text encoder not there."""
+    specs = {"backbone": asdict(backbone), "text": text and asdict(text)}
+    # pos_init says how values begin; out_channels may be written out or left to channels, and is a shape.
+    kept = {part: spec and {k: v for k, v in spec.items() if k not in _NOT_THE_MODEL} for part, spec in specs.items()}
+    return json.loads(json.dumps(kept))  # type: ignore[no-any-return]
+
+
+def _specs_of(model: TextToImage) -> dict[str, Any]:
+    return specs_of(model.backbone.spec, model.text.spec if model.text is not None else None)
 
 
 def _prune(checkpoints: Path, keep_last: int, committed: Path) -> None:
@@ -374,6 +391,28 @@ class Archive:
                 cure="use the configuration that the run was made with",
             )
 
+    def check_specs(self, specs: dict[str, Any]) -> None:
+        """Raise CheckpointError naming the fields unless the model was saved with ``specs`` (``specs_of``).
+
+        Shapes do not tell everything: another number of heads has the same. Checkpoints and fields from before specs
+        were saved are not compared.
+        """
+        differing = []
+        for part, saved in self.manifest.get("model", {}).items():
+            ours = specs[part]
+            if saved is None or ours is None:
+                continue  # the tensors differ
+            differing += [
+                f"{part} {name} {saved[name]!r} saved, {ours[name]!r} now"
+                for name in ours
+                if name in saved and saved[name] != ours[name]
+            ]
+        if differing:
+            raise CheckpointError(
+                f"{self.folder} is of another model: {'; '.join(differing)}",
+                cure="use the configuration that the run was made with",
+            )
+
     def read(self, kind: Kind, name: str, offset: int, numel: int) -> Iterator[tuple[int, torch.Tensor]]:
         """Pieces ``(position within the request, values)`` that cover ``numel`` elements from ``offset`` on."""
         covered = 0
@@ -406,6 +445,7 @@ def load(folder: Path, shards: Shards) -> dict[str, Any]:
 
     with Archive(folder) as archive:
         archive.check_model({name: tuple(shape) for name, _, _, shape in shards.model.canonical()})
+        archive.check_specs(_specs_of(shards.model))
         for item in shards.slices:
             for kind in KINDS:
                 target = shards.tensor(item, kind)

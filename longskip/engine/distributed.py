@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from longskip.engine.ports import free_port
-from longskip.errors import ConfigError, DataError, LongskipError
+from longskip.errors import ConfigError, DataError, LongskipError, RendezvousError
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,11 @@ def world_from_environment() -> tuple[int, int, int]:
     return rank, size, local
 
 
-def join(timeout_minutes: int = 30) -> World:
-    """Start the process group (NCCL on CUDA, gloo on CPU) through DeepSpeed and return this process's place."""
+def join(timeout_minutes: float = 30) -> World:
+    """Start the process group (NCCL on CUDA, gloo on CPU) through DeepSpeed and return this process's place.
+
+    Raises ConfigError for variables that name no place, RendezvousError where the ranks do not find each other in time.
+    """
     rank, size, local = world_from_environment()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local))
     if not torch.cuda.is_available():
@@ -62,7 +65,10 @@ def join(timeout_minutes: int = 30) -> World:
         os.environ["MASTER_PORT"] = str(free_port())
     deepspeed = import_deepspeed()
     if not torch.distributed.is_initialized():
-        _start_process_group(rank, size, datetime.timedelta(minutes=timeout_minutes))
+        try:
+            _start_process_group(rank, size, datetime.timedelta(minutes=timeout_minutes))
+        except torch.distributed.DistError as error:
+            raise _not_met(rank, size, timeout_minutes, error) from None
     deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -93,6 +99,18 @@ def _start_process_group(rank: int, size: int, timeout: datetime.timedelta) -> N
         master_listen_fd=listening.detach() if listening is not None else None,
     )
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def _not_met(rank: int, size: int, minutes: float, error: Exception) -> RendezvousError:
+    """What torch says of ranks that did not meet, without the C++ frames that it adds."""
+    who = "rank 0 did not answer" if rank else "not all of the others came"
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return RendezvousError(
+        f"rank {rank} of {size} waited up to {minutes:.3g} minutes at {os.environ['MASTER_ADDR']}:"
+        f"{os.environ['MASTER_PORT']}: {who} ({said[:300]})",
+        cure=("start rank 0, and give all ranks" if rank else "start all ranks, and give them")
+        + " the same MASTER_ADDR and MASTER_PORT; launch.timeout_minutes is how long they wait",
+    )
 
 
 def import_deepspeed():  # type: ignore[no-untyped-def]

@@ -124,6 +124,7 @@ def _model(run: Path, config: Config, archive: checkpoint.Archive, weights: str,
     if text is not None:
         shapes |= {f"text.{p.name}": p.shape for unit in text.parameters().values() for p in unit}
     archive.check_model(shapes)
+    archive.check_specs(checkpoint.specs_of(spec, text))
     about = {
         "longskip_version": __version__,
         "run": run.resolve().name,

@@ -173,18 +173,29 @@ def _begin_vocabulary(run: RunFolder, config: Config, source: SizedSource) -> No
 
 
 def on_main(world: World, act: Callable[[], object]) -> object:
-    """Rank 0's result of ``act`` on every rank; its error is raised on every rank (none waits for a dead one)."""
+    """Rank 0's result of ``act`` on every rank; its error is raised on every rank (none waits for a dead one).
+
+    The others raise its kind of error, or the LongskipError that names an error which is not one of ours; rank 0 raises
+    what it met, an OSError as a LongskipError.
+    """
     outcome: Any = None
     failure: LongskipError | None = None
+    unexpected: Exception | None = None
     if world.is_main:
         try:
             outcome = {"value": act()}
-        except (LongskipError, OSError) as error:
-            failure = (
-                error if isinstance(error, LongskipError) else LongskipError(f"the first rank cannot go on: {error}")
-            )
+        except LongskipError as error:
+            failure = error
+        except OSError as error:
+            failure = LongskipError(f"the first rank cannot go on: {error}")
+        except Exception as error:
+            unexpected = error
+            failure = LongskipError(f"the first rank cannot go on: {type(error).__name__}: {error}")
+        if failure is not None:
             outcome = {"error": type(failure).__name__, "message": str(failure)}
     outcome = broadcast_object(outcome)
+    if unexpected is not None:
+        raise unexpected
     if "error" not in outcome:
         return outcome["value"]
     if failure is None:

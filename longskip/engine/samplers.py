@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from longskip.engine.diffusion import Ddpm, Flow, Objective, Predict
+from longskip.engine.encoders import library
 from longskip.errors import ConfigError
 
 # The samplers of each objective; the first is what ``auto`` means.
 SAMPLERS: dict[str, tuple[str, ...]] = {"flow": ("euler", "heun", "dpm++"), "ddpm": ("ddim", "dpm++")}
+_OWN = ("euler", "heun")
 _LIBRARY_NAMES = {
     "flow": {"v": "flow_prediction", "x": "sample"},
     "ddpm": {"v": "v_prediction", "x": "sample", "epsilon": "epsilon"},
@@ -25,15 +27,17 @@ _LIBRARY_NAMES = {
 def resolve_sampler(name: str, objective: str) -> str:
     """The sampler that ``name`` (``auto`` or one of its own) means for the objective ``flow`` or ``ddpm``.
 
-    Raises ConfigError for a sampler that is unknown or does not go with the objective, naming those that do.
+    Raises ConfigError for a sampler that is unknown or does not go with the objective, naming those that do, and for one
+    of diffusers where that is not installed: whoever resolves a sampler at its start is not stopped when it draws.
     """
     fitting = SAMPLERS[objective]
-    if name == "auto":
-        return fitting[0]
+    name = fitting[0] if name == "auto" else name
     if name not in fitting:
         known = any(name in names for names in SAMPLERS.values())
         problem = f"does not go with diffusion.objective {objective}" if known else "is not known"
         raise ConfigError(f"sampler {name!r} {problem}", cure=f"one of auto, {', '.join(fitting)}")
+    if name not in _OWN:
+        library("diffusers")
     return name
 
 
@@ -122,13 +126,12 @@ def _by_library(objective: Objective, prediction: Predict, noise: Tensor, sample
 
 def _scheduler(objective: Objective, sampler: str, steps: int) -> tuple[Any, list[float]]:
     """diffusers' scheduler, set to ``steps`` steps, and the time that the model is given at each of them."""
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-
+    diffusers = library("diffusers")
     predicted = _LIBRARY_NAMES[objective.group.objective][objective.group.prediction]
     scheduler: Any
     if not isinstance(objective, Ddpm):
         # The library's grid begins at t = 0.999, where its log SNR is finite; the noise is taken for x there.
-        scheduler = DPMSolverMultistepScheduler(
+        scheduler = diffusers.DPMSolverMultistepScheduler(
             prediction_type=predicted, use_flow_sigmas=True, flow_shift=objective.group.shift
         )
         scheduler.set_timesteps(steps)
@@ -151,9 +154,9 @@ def _scheduler(objective: Objective, sampler: str, steps: int) -> tuple[Any, lis
         "timestep_spacing": "trailing",
     }
     if sampler == "ddim":
-        scheduler = DDIMScheduler(**own, clip_sample=False, set_alpha_to_one=True)
+        scheduler = diffusers.DDIMScheduler(**own, clip_sample=False, set_alpha_to_one=True)
     else:
-        scheduler = DPMSolverMultistepScheduler(**own)
+        scheduler = diffusers.DPMSolverMultistepScheduler(**own)
     scheduler.set_timesteps(steps)
     return scheduler, [k / objective.n_steps for k in reversed(chosen)]
 

@@ -44,7 +44,7 @@ def train(config: Config, run_path: Path) -> int:
     world = join(config.launch.timeout_minutes)
     try:
         job = prepare(config, run_path, world)
-    except LongskipError:
+    except Exception:
         if world.is_main:
             RunFolder(run_path).sweep_failed_start()
         raise

@@ -11,13 +11,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from longskip.profiling import units
-from longskip.profiling.laws import LANGUAGE_LAWS
+from longskip.profiling.laws import LANGUAGE_LAWS, TIFA_FITTED_ON, times_text
+from longskip.profiling.predicted import prediction_rows, rough_count, shown
 
 if TYPE_CHECKING:
     from longskip.profiling.budget import Amount, RunBudget
     from longskip.profiling.budget_plan import Plan
     from longskip.profiling.budget_plots import Fit
-    from longskip.profiling.laws import Optimum
+    from longskip.profiling.fits import Prediction
 
 _AMOUNTS = (
     ("steps", "steps", units.exact),
@@ -75,6 +76,7 @@ def _one_run(console: Console, budget: RunBudget) -> None:
         counted = (units.count(account.params) if account.params is not None else "by op", units.count(account.tokens))
         table.add_row(account.label, *counted, units.scientific(account.flops, 4), f"{account.exact_share:.4f}")
     console.print(table)
+    _say_covers(console)
     rates = f"goodput {units.share(budget.goodput)}, "
     rates += (
         f"MFU {units.share(budget.mfu)}, HFU {units.share(budget.hfu)}" if budget.mfu is not None else "MFU unknown"
@@ -84,6 +86,12 @@ def _one_run(console: Console, budget: RunBudget) -> None:
         console.print("money unknown: give --price-per-hour, or set budget.price_per_device_hour", soft_wrap=True)
     for line in _remarks(budget):
         console.print(escape(line), soft_wrap=True)
+
+
+def _say_covers(console: Console) -> None:
+    from longskip.profiling.budget import COVERS
+
+    console.print(COVERS, soft_wrap=True)
 
 
 def _remarks(budget: RunBudget) -> list[str]:
@@ -123,31 +131,40 @@ def _all_runs(console: Console, budgets: Sequence[RunBudget], total: Mapping[str
         shares = {account.name: f"{account.exact_share:.4f}" for account in budget.accounts}
         table.add_row(escape(budget.name), *(shares.get(name, units.NONE) for name in names[1:]))
     console.print(table)
+    _say_covers(console)
     for budget in budgets:
         for line in _remarks(budget):
             console.print(f"{escape(budget.name)}: {escape(line)}", soft_wrap=True)
 
 
 def print_plan(plan: Plan) -> None:
+    from longskip.profiling.budget_plan import NO_MFU
+
     console, best, law = Console(highlight=False), plan.optimum, plan.law
+    far = best.extrapolation
     console.print(
-        f"[bold]C = {units.scientific(plan.flops, 4)} training FLOPs[/bold], by {escape(law.source)}", soft_wrap=True
+        f"[bold]C = {units.scientific(plan.flops, 4)} training FLOPs[/bold], by {escape(law.source)}"
+        + (f", fitted on {escape(law.fitted_on)}" if law.fitted_on else ""),
+        soft_wrap=True,
     )
     console.print(
-        f"N_opt {units.count(best.params)} parameters · D_opt {units.count(best.tokens)} {law.tokens} tokens"
+        f"N_opt {rough_count(best.params, far)} parameters · D_opt {rough_count(best.tokens, far)} {law.tokens} tokens"
         f"{'' if law.tokens == 'image' else ' (time, text and image)'}",
         soft_wrap=True,
     )
     whose = "a language model's loss" if law.name in LANGUAGE_LAWS else "loss"
-    expected = [f"{whose} {best.loss:.4f}"] if best.loss is not None else []
-    expected += [f"FID {best.fid:.1f}"] if best.fid is not None else []
+    expected = [f"{whose} {shown(best.loss, far, '{:.4f}'.format)}"] if best.loss is not None else []
+    expected += [f"FID {shown(best.fid, far, '{:.1f}'.format)}"] if best.fid is not None else []
     console.print(f"predicted: {', '.join(expected) or 'no loss'}; {best.range_note}", soft_wrap=True)
-    tifa = ", ".join(f"{f['tifa']:.3f} by {name}{_beyond(f['extrapolation'])}" for name, f in plan.tifa.items())
-    console.print(f"TIFA by 2404.02883: {tifa}", soft_wrap=True)
+    tifa = ", ".join(
+        f"{shown(f['tifa'], f['extrapolation'], '{:.3f}'.format)} by {name}{_beyond(f['extrapolation'])}"
+        for name, f in plan.tifa.items()
+    )
+    console.print(f"TIFA by 2404.02883, fitted on {TIFA_FITTED_ON}: {tifa}", soft_wrap=True)
     if plan.hardware is not None:
         _print_hardware(console, plan)
     speaks = plan.candidates[0].loss is not None
-    titles = ("model", "shape", "N", "÷ N_opt", "6ND steps", "cost", "exact steps", "÷ D_opt")
+    titles = ("model", "shape", "N", "÷ N_opt", "6ND steps", "÷ C", "exact steps", "÷ D_opt")
     table = _table(*titles, *(["loss"] if speaks else []))
     for one in plan.candidates:
         table.add_row(
@@ -156,16 +173,16 @@ def print_plan(plan: Plan) -> None:
             units.count(one.params),
             f"{one.off:.3f}",
             units.exact(one.steps_6nd),
-            f"{one.exact_flops_6nd / plan.flops:.3f} C",
+            f"{one.exact_flops_6nd / plan.flops:.3f}",
             units.exact(one.steps),
             f"{one.data_off:.3f}",
-            *([f"{one.loss:.4f}"] if one.loss is not None else []),
+            *([shown(one.loss, far, "{:.4f}".format)] if one.loss is not None else []),
         )
     _print_whole(console, table)
     height, width = plan.latent_size
     shape = plan.candidates[0].spec
     console.print(
-        "6ND steps: what 6·N·D promises for C, and what they would cost in exact FLOPs. Exact steps: those that spend C. "
+        "6ND steps: what 6·N·D promises for C, and beside them their exact FLOPs ÷ C. Exact steps: those that spend C. "
         f"Batch {plan.batch:,}, latents {height}×{width}, {shape.n_tokens} tokens an image, {shape.n_img} of them the image's; "
         "shapes are width × blocks",
         soft_wrap=True,
@@ -176,23 +193,33 @@ def print_plan(plan: Plan) -> None:
         soft_wrap=True,
     )
     for note in plan.notes:
+        if note == NO_MFU:  # stands above, where the hours would
+            continue
         console.print(f"note: {escape(note)}", soft_wrap=True)
 
 
 def _print_hardware(console: Console, plan: Plan) -> None:
     on = plan.hardware
-    assert on is not None and plan.device_hours is not None and plan.days is not None
+    from longskip.profiling.budget_plan import NO_MFU
+
+    assert on is not None
+    if plan.device_hours is None or plan.days is None:
+        console.print(f"{escape(on.device.name)}: {NO_MFU}", soft_wrap=True)
+        return
+    many = f"{on.gpus} (assumed; --gpus says another number)" if on.assumed else f"{on.gpus}"
     parts = [
         f"{_amount(plan.device_hours)} GPU-hours of {escape(on.device.name)} at {units.share(on.mfu)} MFU ({on.precision})",
-        f"{units.duration(plan.days * 86400)} on {on.gpus}",
-        f"cost {_money(plan.money)}" if plan.money is not None else "no price given (--price-per-hour)",
+        f"{units.duration(plan.days * 86400)} on {many}",
+        f"{_money(plan.money)} {escape(plan.currency)}"
+        if plan.money is not None
+        else "no price given (--price-per-hour)",
     ]
     if plan.energy_kwh is not None:
         parts.append(f"{_amount(plan.energy_kwh)} kWh")
     console.print(" · ".join(parts), soft_wrap=True)
 
 
-def print_fit(fit: Fit, predictions: Sequence[Optimum], origin: str, files: Sequence[str]) -> None:
+def print_fit(fit: Fit, predictions: Sequence[Prediction], origin: str, files: Sequence[str]) -> None:
     from longskip.profiling.budget_plots import figure_rows
 
     console = Console(highlight=False)
@@ -217,19 +244,18 @@ def print_fit(fit: Fit, predictions: Sequence[Optimum], origin: str, files: Sequ
                 f"{one.loss:.4f}",
             )
         console.print(table)
-    table = _table("prediction for C", "N_opt", "D_opt", "loss", "fitted range")
-    for one in predictions:
-        loss = units.NONE if one.loss is None else f"{one.loss:.4f}"
-        table.add_row(
-            units.scientific(one.flops), units.count(one.params), units.count(one.tokens), loss, one.range_word
-        )
-    console.print(table)
+    table = _table("prediction for C", "N_opt", "95%", "D_opt", "95%", "loss", "95%", "fitted range")
+    for cells in prediction_rows(predictions):
+        table.add_row(*cells)
+    _print_whole(console, table)
+    for warning in fit.warnings:
+        console.print(f"[bold yellow]warning[/bold yellow]: {escape(warning)}", soft_wrap=True)
     for file in files:
         console.print(file, markup=False, soft_wrap=True)
 
 
-def _beyond(factor: float) -> str:
-    return "" if factor == 1 else f" (extrapolation: {factor:.3g}×)"
+def _beyond(times: float) -> str:
+    return "" if times == 1 else f" (extrapolation: {times_text(times)})"
 
 
 def _three(amount: Amount, short: Any) -> tuple[str, str, str]:

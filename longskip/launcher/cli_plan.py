@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,12 +16,14 @@ if TYPE_CHECKING:
     from longskip.engine.planning import Option, Plan
 
 DEFAULT_NETWORK = "ndr"
+DEFAULT_GPUS = 8
+_SPANS = ((2 * 86400, 86400, "d"), (2 * 3600, 3600, "h"), (120, 60, "min"), (0.1, 1, "s"), (1e-4, 1e-3, "ms"))
 
 
 def plan(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="the run's YAML")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="dotted overrides")] = None,
-    gpus: Annotated[int, typer.Option(help="how many")] = 8,
+    gpus: Annotated[int | None, typer.Option(help="how many; 8 where you do not say")] = None,
     gpu: Annotated[
         str, typer.Option(help="which: h200, h100, a100-80gb …; `this` is the machine you measured")
     ] = "h200",
@@ -28,8 +32,11 @@ def plan(
         str | None, typer.Option(help="between nodes: ndr, hdr, roce-100, 100gbe; ndr by default")
     ] = None,
     hardware: Annotated[Path | None, typer.Option(help="YAML with devices and networks of your own")] = None,
+    host_memory: Annotated[
+        float | None, typer.Option(metavar="GIB", help="host memory of a node, held against what is put off to it")
+    ] = None,
     price: Annotated[
-        float | None, typer.Option(min=0, help="of a GPU and hour; budget.price_per_device_hour by default")
+        float | None, typer.Option(help="of a GPU and hour; budget.price_per_device_hour by default")
     ] = None,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="every way to share it out, not only the ones worth taking")
@@ -39,29 +46,33 @@ def plan(
     """Before a run, without a GPU: does it fit, the best ZeRO stage, micro-batch and checkpointing, days, cost, energy.
 
     Memory and FLOPs are closed forms that are tested against real steps; times rest on measured efficiencies of the device
-    where there are some (longskip bench machine, longskip bench kernels --out), else on stated assumptions.
+    where there are some (longskip bench machine, longskip bench kernels --out), else on stated assumptions,
+    each with the ends between which it is taken to lie: figures in brackets hold all of them at one end or the other.
     """
     from longskip.engine import planning
     from longskip.engine.configio import load_config
     from longskip.profiling.hardware import find, find_network
 
     resolved = load_config(config, overrides or ())
-    cluster = planning.Cluster.of(find(gpu, hardware), gpus, nodes, find_network(network or DEFAULT_NETWORK, hardware))
+    cluster = planning.Cluster.of(
+        find(gpu, hardware), DEFAULT_GPUS if gpus is None else gpus, nodes,
+        find_network(network or DEFAULT_NETWORK, hardware), host_memory,
+    )  # fmt: skip
     found = planning.plan(resolved, cluster, price_per_hour=price)
     if as_json:
-        print(json.dumps(planning.as_json(found)))
+        print(json.dumps(planning.as_json(found), allow_nan=False))
         return
-    _show(found, str(config), network is None, sweep)
+    _show(found, str(config), gpus is None, network is None, sweep)
 
 
-def _show(found: Plan, config: str, network_assumed: bool, sweep: bool) -> None:
+def _show(found: Plan, config: str, gpus_assumed: bool, network_assumed: bool, sweep: bool) -> None:
     from rich.console import Console
 
     from longskip.engine.planning import GIB, MARGIN, parts_of
     from longskip.profiling import units
 
     console, cluster, chosen = Console(highlight=False), found.cluster, found.chosen
-    where = f"{cluster.devices} × {cluster.device.name}"
+    where = f"{cluster.devices} × {cluster.device.name}{' (assumed: --gpus)' if gpus_assumed else ''}"
     if cluster.nodes > 1 and cluster.network is not None:
         where += f" in {cluster.nodes} nodes, network {cluster.network.name}{' (assumed)' if network_assumed else ''}"
     console.print(f"[bold]{config}[/bold] on {where}")
@@ -73,48 +84,53 @@ def _show(found: Plan, config: str, network_assumed: bool, sweep: bool) -> None:
     )
     usable = MARGIN * cluster.device.memory / GIB
     if chosen is None:
-        least = min(found.options, key=lambda option: option.memory.device)
-        console.print(
-            f"[bold red]does not fit[/bold red]: even ZeRO-{least.stage}, micro-batch {least.micro}, checkpointing "
-            f"{_every(least.checkpointing)} needs {least.memory.device / GIB:.1f} GiB a GPU of the {usable:.1f} GiB that may "
-            f"be used ({MARGIN:.0%} of {cluster.device.memory / GIB:.1f}): {parts_of(least.memory)} GiB",
-            soft_wrap=True,
-        )
-        cure = (
-            f"{found.enough} such GPUs would do" if found.enough else "no number of such GPUs up to the batch would do"
-        )
-        console.print(f"{cure}; or engine.ema_device=cpu, deepspeed.offload_optimizer=cpu, another GPU", soft_wrap=True)
-        _table(console, found, sorted(found.options, key=lambda option: option.memory.device)[:8])
+        _say_what_lacks(console, found)
         return
     fit = "as configured" if chosen is found.given else "the fastest that fits"
     console.print(
         f"[bold green]fits[/bold green] ({fit}): ZeRO-{chosen.stage}, micro-batch {chosen.micro} × accumulation "
         f"{chosen.accumulation}, checkpointing {_every(chosen.checkpointing)}: {chosen.memory.device / GIB:.1f} of "
-        f"{usable:.1f} GiB ({parts_of(chosen.memory)})"
-        + (f", {chosen.memory.host / GIB:.1f} GiB of host memory" if chosen.memory.host else ""),
+        f"{usable:.1f} GiB a GPU, {MARGIN:.0%} of its {cluster.device.memory / GIB:.1f} ({parts_of(chosen.memory)})",
         soft_wrap=True,
     )
-    step = chosen.step
-    speed = f"{_seconds(step.seconds)} a step · {units.rate(step.images_per_second)} images/s"
-    if step.mfu is not None:
-        speed += f" · MFU {units.share(step.mfu)} · HFU {units.share(step.hfu)}"
-    console.print(f"{speed} · bound by {step.binds}", soft_wrap=True)
-    shares = [f"{name} {units.share(seconds / step.seconds)}" for name, seconds in step.by_phase.items() if seconds]
+    if chosen.memory.host:
+        console.print(_on_host(found, chosen), soft_wrap=True)
+    step, ends = chosen.step, found.ends(chosen)
+    speed = f"{_span(step.seconds, *ends['seconds_per_step'])} a step · "
+    speed += f"{_between(step.images_per_second, ends['images_per_second'], ' images/s')}"
+    for name, share in (("MFU", step.mfu), ("HFU", step.hfu)):
+        if share is not None:
+            low, high = ends[name.lower()]
+            speed += f" · {name} {_between(100 * share, (100 * low, 100 * high), '%')}"
+    clock = " · processor time, not the wall clock's" if cluster.device.measured else ""
+    console.print(f"{speed} · bound by {step.binds}{clock}", soft_wrap=True)
+    shares = [f"{name} {100 * seconds / step.seconds:.2g}%" for name, seconds in step.by_phase.items() if seconds]
     console.print(f"  of it {', '.join(shares)}", soft_wrap=True)
     cost, energy = found.cost(chosen), found.kilowatt_hours(chosen)
-    bill = f"{units.duration(found.seconds(chosen))} · {units.count(found.device_hours(chosen))} GPU-hours"
-    bill += f" · {cost:,.0f} {found.currency}" if cost is not None else " · no price given (--price)"
-    bill += f" · {units.count(energy)} kWh at {cluster.device.watts} W a GPU" if energy is not None else ""
+    seconds = found.seconds(chosen)
+    least, most = ends["seconds_per_step"]
+    bill = _span(seconds, found.steps * least, found.steps * most)
+    bill += f" · {_between(found.device_hours(chosen), ends['device_hours'], ' GPU-hours')}"
+    bill += (
+        " · no price given (--price)" if cost is None else f" · {_between(cost, ends['cost'], f' {found.currency}')}"
+    )
+    if energy is not None:
+        bill += f" · {_between(energy, ends['kilowatt_hours'], ' kWh')} at {cluster.device.watts} W a GPU"
     console.print(f"[bold]{bill}[/bold]", soft_wrap=True)
     if found.best is not None and found.given is not None and found.best is not found.given:
         better = found.best.step.images_per_second / chosen.step.images_per_second
         if not found.given.fits:
-            console.print(f"[yellow]as configured it does not fit: {found.given.memory.device / GIB:.1f} GiB[/yellow]")
+            console.print(
+                f"[yellow]as configured it does not fit: {found.given.memory.device / GIB:.1f} GiB, "
+                f"{_gib(found.given.memory.host)} of host memory[/yellow]"
+            )
         elif better > 1.02:
             console.print(f"{better:.2f}× as fast: {' '.join(found.best.overrides())}", soft_wrap=True)
     elif chosen is not found.given:
         console.print(f"to run it so: {' '.join(chosen.overrides())}", soft_wrap=True)
     _table(console, found, _listed(found, sweep))
+    if not step.certain:
+        console.print("In brackets: with every assumption at its one end and at its other.", style="dim")
     console.print(
         "Steps alone: no evaluation, no checkpoints, no failures. "
         + (
@@ -126,8 +142,56 @@ def _show(found: Plan, config: str, network_assumed: bool, sweep: bool) -> None:
         style="dim",
         soft_wrap=True,
     )
-    for line in step.assumptions:
+    _say(console, step.assumptions)
+
+
+def _say(console: Console, lines: Iterable[str]) -> None:
+    for line in lines:
         console.print(f"  {line}", style="dim", soft_wrap=True)
+
+
+def _say_what_lacks(console: Console, found: Plan) -> None:
+    """What does not fit, what would, and the ways that come nearest."""
+    from longskip.engine.planning import GIB, MARGIN, parts_of
+
+    device = found.cluster.device
+    usable = MARGIN * device.memory
+    enough = [option for option in found.options if not device.measured and option.memory.device <= usable]
+    least = min(enough or found.options, key=lambda o: o.memory.host if enough else o.memory.device + o.memory.host)
+    what = f"even ZeRO-{least.stage}, micro-batch {least.micro}, checkpointing {_every(least.checkpointing)}"
+    if enough:
+        lack = f"{what}: {_on_host(found, least)}"
+        ways = ["more host memory", "less put off to it"]
+    else:
+        least = min(found.options, key=lambda option: option.memory.device)
+        need = least.memory.device + (least.memory.host if device.measured else 0)
+        lack = (
+            f"{what} needs {need / GIB:.1f} GiB a GPU of the {usable / GIB:.1f} GiB that may be used ({MARGIN:.0%} of "
+            f"{device.memory / GIB:.1f}): {parts_of(least.memory)} GiB"
+        )
+        ways = [*([] if device.measured else found.more_to_host), "another GPU"]
+    console.print(f"[bold red]does not fit[/bold red]: {lack}", soft_wrap=True)
+    cure = f"{found.enough} such GPUs would do" if found.enough else "no number of such GPUs up to the batch would do"
+    console.print(f"{cure}; or {', '.join(ways)}", soft_wrap=True)
+    _table(
+        console, found, sorted(enough or found.options, key=lambda o: (o.memory.device, o.memory.host))[:8], short=True
+    )
+    console.print("What the times rest on:", style="dim")
+    _say(console, least.step.assumptions)
+
+
+def _on_host(found: Plan, option: Option) -> str:
+    """Host memory of a GPU's rank and of a node, and what it is held against."""
+    from longskip.engine.planning import MARGIN
+
+    cluster = found.cluster
+    text = f"{_gib(option.memory.host)} of host memory a GPU, {_gib(cluster.host_bytes(option.memory))} a node"
+    if cluster.device.measured:
+        return f"{text}: the same memory"
+    if cluster.host_memory is None:
+        return f"{text}; whether a node has it is not checked (--host-memory GIB)"
+    whole = cluster.host_memory
+    return f"{text} of the {_gib(MARGIN * whole)} that may be used ({MARGIN:.0%} of {_gib(whole)})"
 
 
 def _listed(found: Plan, sweep: bool) -> list[Option]:
@@ -135,10 +199,14 @@ def _listed(found: Plan, sweep: bool) -> list[Option]:
 
     if sweep:
         return sorted(found.options, key=lambda o: (not o.fits, -o.step.images_per_second))
-    return pareto(found.options)
+    listed, chosen = pareto(found.options), found.chosen
+    if chosen is not None and not any(option is chosen for option in listed):
+        listed = sorted([*listed, chosen], key=lambda o: -o.step.images_per_second)
+    return listed
 
 
-def _table(console: Console, found: Plan, listed: list[Option]) -> None:
+def _table(console: Console, found: Plan, listed: list[Option], *, short: bool = False) -> None:
+    """``short``: without what only matters for ways that fit."""
     from rich import box
     from rich.table import Table
 
@@ -146,30 +214,62 @@ def _table(console: Console, found: Plan, listed: list[Option]) -> None:
     from longskip.profiling import units
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    titles = ("ZeRO", "micro", "accum.", "again", "GiB", "step", "images/s", "MFU", "days", "binds")
+    hosted = any(option.memory.host for option in listed)
+    titles = [
+        "ZeRO", "micro", "accum.", "again", "GiB", *(["host"] if hosted else []), "step", "images/s",
+        *([] if short else ["MFU", "days"]), "binds",
+    ]  # fmt: skip
     for title in titles:
         table.add_column(title, justify="left" if title in ("again", "binds") else "right", no_wrap=True)
     for option in listed:
-        memory = f"{option.memory.device / GIB:.1f}"
+        memory, step = f"{option.memory.device / GIB:.1f}", option.step
+        digits = 3 if step.certain else 2
+        mfu = units.NONE if step.mfu is None else f"{_round(100 * step.mfu, digits)}%"
         row = (
             f"{'* ' if option is found.given else ''}{option.stage}", str(option.micro), str(option.accumulation),
             {0: "none", 1: "all"}.get(option.checkpointing, f"1 of {option.checkpointing}"),
-            memory if option.fits else f"{memory}!", _seconds(option.step.seconds),
-            units.rate(option.step.images_per_second), units.share(option.step.mfu),
-            f"{found.seconds(option) / 86400:.1f}", option.step.binds,
+            memory if option.fits else f"{memory}!", *([f"{option.memory.host / GIB:,.1f}"] if hosted else []),
+            _span(step.seconds, digits=digits), _round(step.images_per_second, digits),
+            *([] if short else [mfu, _round(found.seconds(option) / 86400, digits)]), step.binds,
         )  # fmt: skip
         table.add_row(*row, style="" if option.fits else "dim")
     console.print(table)
     notes = ["again: blocks that are computed again in the backward pass"]
+    notes += ["host: GiB of host memory a GPU"] if hosted else []
     notes += ["*: as configured"] if found.given in listed else []
     notes += ["!: does not fit"] if any(not option.fits for option in listed) else []
     console.print("; ".join(notes), style="dim", soft_wrap=True)
 
 
-def _seconds(value: float) -> str:
-    from longskip.profiling import units
+def _round(value: float, digits: int) -> str:
+    """``digits`` figures and no more: ``21,000``, ``4.5``, ``0.00086``."""
+    if not value:
+        return "0"
+    rounded = float(f"{value:.{digits - 1}e}")
+    places = max(0, digits - 1 - math.floor(math.log10(abs(rounded))))
+    return f"{rounded:.1e}" if places > 9 else f"{rounded:,.{places}f}"
 
-    return f"{value:.3g} s" if value < 59.95 else units.duration(value)
+
+def _between(value: float, ends: tuple[float, float], unit: str) -> str:
+    """Two figures with the range, or three where the ends do not differ in two."""
+    low, high = ends
+    if _round(low, 2) == _round(high, 2):
+        return f"{_round(value, 3)}{unit}"
+    return f"{_round(value, 2)}{unit} ({_round(low, 2)} to {_round(high, 2)})"
+
+
+def _gib(n_bytes: float) -> str:
+    """``1,309 GiB``, ``163.6 GiB``, ``45.6 MiB``."""
+    value, unit = (n_bytes / 2**30, "GiB") if n_bytes >= 2**30 else (n_bytes / 2**20, "MiB")
+    return f"{value:,.0f} {unit}" if value >= 1000 else f"{value:.1f} {unit}"
+
+
+def _span(seconds: float, low: float | None = None, high: float | None = None, digits: int = 3) -> str:
+    """A time in one unit, with its range in the same."""
+    scale, unit = next(((scale, unit) for above, scale, unit in _SPANS if seconds >= above), (1e-6, "µs"))
+    if low is None or high is None:
+        return f"{_round(seconds / scale, digits)} {unit}"
+    return _between(seconds / scale, (low / scale, high / scale), f" {unit}")
 
 
 def _every(checkpointing: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import re
 from pathlib import Path
@@ -70,7 +69,13 @@ def profile(
             "--all is a table of every preset: no MODEL goes with it" if every else "no MODEL or CONFIG is given",
             cure="longskip profile uvit-8b, or longskip profile --all",
         )
+    if hardware is not None and gpu is None:
+        raise ConfigError(
+            "--hardware without --gpu: no device of it is asked for", cure="add --gpu NAME, or leave it out"
+        )
     device = devices.find(gpu, hardware) if gpu else None
+    if target is None:
+        _no_encoders("--all", encoders)
     chosen = subjects.subjects() if target is None else [_subject(target, encoders)]
     pixels = _pixels(resolution) if resolution else None
     chosen = [
@@ -91,12 +96,23 @@ def _subject(target: str, encoders: str) -> Subject:
     from longskip.profiling import subjects
 
     if target in PRESETS or not (target.endswith((".yaml", ".yml")) or os.sep in target):
-        return subjects.of_preset(target)
+        found = subjects.of_preset(target)
+        _no_encoders(target, encoders)
+        return found
     from longskip.engine.configio import load_config
     from longskip.engine.profiled import subject_of
 
     path = Path(target)
     return subject_of(load_config(path), path.stem, encoders)
+
+
+def _no_encoders(target: str, asked: str) -> None:
+    """ConfigError where frozen encoders are asked for of what has none."""
+    if asked != "auto":
+        raise ConfigError(
+            f"--encoders {asked!r}: a preset has no frozen encoders ({target})",
+            cure="give a run's YAML, or leave it out",
+        )
 
 
 def _pixels(text: str) -> tuple[int, int]:
@@ -109,7 +125,9 @@ def _pixels(text: str) -> tuple[int, int]:
 
 def _one(found: Profile, depth: str, as_json: bool, csv_file: Path | None, html: Path | None) -> None:
     from longskip.launcher.profile_tables import print_profile
+    from longskip.profiling.outputs import json_text
 
+    _ = found.prediction  # what it has to refuse comes before the first line that is printed or written
     tree = found.to_json(depth) if as_json or csv_file else {}
     if csv_file is not None:
         _write_csv(csv_file, [row | {"units": " ".join(row["units"])} for row in tree["rows"]])
@@ -118,7 +136,7 @@ def _one(found: Profile, depth: str, as_json: bool, csv_file: Path | None, html:
 
         render_profile(found, html)
     if as_json:
-        print(json.dumps(tree))
+        print(json_text(tree))
     else:
         print_profile(found, depth, [path for path in (csv_file, html) if path is not None])
 
@@ -132,6 +150,7 @@ def _all(
     html: Path | None,
 ) -> None:
     from longskip.launcher.profile_tables import print_all
+    from longskip.profiling.outputs import json_text
     from longskip.profiling.profiles import all_presets
 
     if html is not None:
@@ -140,21 +159,17 @@ def _all(
     if csv_file is not None:
         _write_csv(csv_file, [row | {"pixels": "x".join(map(str, row["pixels"]))} for row in rows])
     if as_json:
-        print(json.dumps(rows))
+        print(json_text(rows))
     else:
         print_all(rows, device)
 
 
 def _write_csv(path: Path, rows: list[dict[str, object]]) -> None:
     """One line a row under a head; ConfigError where the file cannot be written."""
+    from longskip.profiling.outputs import write_text
+
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text.getvalue(), "utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write {path}: {error.strerror or error}", cure="name a file in a folder of yours"
-        ) from None
+    write_text(path, text.getvalue())

@@ -8,18 +8,23 @@ committed time is training with its evaluations and checkpoints, which share the
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from longskip.errors import ConfigError
 from longskip.models.specs import UViTSpec
 from longskip.profiling import hardware
 from longskip.profiling.accounting import Account, Work, accounts
 from longskip.profiling.fitdata import params_of, smoothed
+from longskip.profiling.laws import MOST_PRICE, MOST_WATTS, bounded
 from longskip.profiling.ledger import LedgerLine, committed_lines
 from longskip.profiling.runlog import RunLog
 
+COVERS = (
+    "wall time, money, energy and goodput run from the first step of each attempt to the last logged one: starting up "
+    "before it and ending after it are not in the ledger"
+)
 _HOUR = 3600.0
 _COUNTS = ("steps", "images", "image_tokens", "tokens", "model_flops", "hardware_flops", "six_nd", "seconds")
 
@@ -79,6 +84,7 @@ class RunBudget:
     energy_kwh: Amount | None
     energy_note: str
     skipped_lines: int
+    overlapping_lines: int
     missing_steps: int
     notes: tuple[str, ...]
     curve: tuple[tuple[int, float], ...]
@@ -107,11 +113,10 @@ def run_budget(
     """The budget of one run. ``spec``: its backbone's shape, without which some accountings are left out.
 
     ``price`` per device and hour stands for the configuration's, ``watts`` per device for the hardware table's.
-    ConfigError for a ledger without lines, or with lines of different models.
+    ConfigError for a ledger without lines, or with lines of different models, and for a price or power that cannot be.
     """
-    for option, value in (("price", price), ("watts", watts)):
-        if value is not None and not 0 <= value < math.inf:
-            raise ConfigError(f"{option} {value!r} is not a number of at least 0", cure="leave it out where unknown")
+    bounded("price", price, MOST_PRICE)
+    bounded("watts", watts, MOST_WATTS)
     params = params_of(log)
     sums, spent = log.sums, log.ledger.lines
     committed = committed_lines(log.ledger.entries)
@@ -119,7 +124,8 @@ def run_budget(
     amounts["device_hours"] = Amount(_device_hours(committed), _device_hours(spent))
     group = log.config.get("budget")
     group = group if isinstance(group, dict) else {}
-    price = _number(group.get("price_per_device_hour")) if price is None else price
+    if price is None:
+        price = bounded("budget.price_per_device_hour", _number(group.get("price_per_device_hour")), MOST_PRICE)
     energy, energy_note = _energy(committed, spent, watts)
     told = log.info.get("params_token")
     return RunBudget(
@@ -127,7 +133,7 @@ def run_budget(
         folder=str(log.path),
         status=log.status,
         params=params,
-        params_token=told if isinstance(told, int) else None,
+        params_token=told if isinstance(told, int) and 0 < told <= params else None,
         devices=tuple(dict.fromkeys(f"{line.devices} \N{MULTIPLICATION SIGN} {line.device_name}" for line in spent)),
         attempts=sums.attempts,
         amounts=amounts,
@@ -143,6 +149,7 @@ def run_budget(
         energy_kwh=energy,
         energy_note=energy_note,
         skipped_lines=log.ledger.skipped,
+        overlapping_lines=len(log.ledger.overlapping),
         missing_steps=sums.missing_steps,
         notes=tuple(_notes(log, spec, committed)),
         curve=tuple(_curve(committed)),
@@ -191,7 +198,13 @@ def _energy(
 def _notes(log: RunLog, spec: UViTSpec | None, committed: Sequence[LedgerLine]) -> list[str]:
     notes = []
     if log.ledger.skipped:
-        notes.append(f"{log.ledger.skipped} line(s) of the ledger were cut by a crash and skipped")
+        notes.append(f"{log.ledger.skipped} line(s) of the ledger were unreadable or cut, and skipped")
+    if log.ledger.overlapping:
+        first = log.ledger.overlapping[0]
+        notes.append(
+            f"{len(log.ledger.overlapping)} line(s) of the ledger overlap others of their attempt and were left out (the "
+            f"first: attempt {first.attempt}, steps {first.from_step:,} to {first.step:,})"
+        )
     if log.sums.missing_steps:
         notes.append(f"no line covers {log.sums.missing_steps:,} of the {log.sums.last_step:,} committed steps")
     if spec is None:
@@ -213,8 +226,9 @@ def _curve(committed: Sequence[LedgerLine]) -> list[tuple[int, float]]:
 
 
 def _number(value: object) -> float | None:
-    known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if known else None  # type: ignore[arg-type]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if abs(value) <= sys.float_info.max else None
 
 
 def total(budgets: Sequence[RunBudget]) -> dict[str, Any]:

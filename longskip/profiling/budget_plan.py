@@ -14,13 +14,19 @@ from longskip.models.specs import UViTSpec
 from longskip.profiling.hardware import Device
 from longskip.profiling.laws import (
     DIT_IN_CONTEXT,
+    MOST_PRICE,
+    MOST_WATTS,
     TIFA_2404_02883,
     Law,
     Optimum,
     ParametricLaw,
+    bounded,
     positive_budget,
 )
 
+NO_MFU = (
+    "no hours, days, money and energy: they need --mfu, the share that an earlier run reached (longskip budget report)"
+)
 HEAD_WIDTH = 64
 VAE_FACTOR = 8
 BASE = "uvit-2.3b"  # whose patch, channels and text a custom shape takes
@@ -34,17 +40,20 @@ _MAX_WIDTH, _MAX_SIDE, _MAX_BATCH = 16_384, 16_384, 10**7
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """What the plan runs on: ``gpus`` devices with ``peak`` FLOP/s each, of which ``mfu`` (0 to 1) is used."""
+    """What the plan runs on: ``gpus`` devices with ``peak`` FLOP/s each, of which ``mfu`` (0 to 1) is used; None where
+    nobody knows it. ``assumed``: nobody said how many devices."""
 
     device: Device
     precision: str
-    mfu: float
+    mfu: float | None
     gpus: int
+    assumed: bool = False
 
     @property
-    def flops_per_hour(self) -> float:
-        """Model FLOPs that one device spends in an hour."""
-        return 3600 * self.device.peak(self.precision) * self.mfu
+    def flops_per_hour(self) -> float | None:
+        """Model FLOPs that one device spends in an hour; None without an MFU."""
+        peak = self.device.peak(self.precision)
+        return None if self.mfu is None else 3600 * peak * self.mfu
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +87,7 @@ class Candidate:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """``candidates``: the custom shape first, then the nearest presets. Hours, days, money and energy are of all C;
-    None where no device, price or power was given. ``tifa`` by what it is predicted from."""
+    None where no device, MFU, price or power was given. ``tifa`` by what it is predicted from."""
 
     flops: int
     law: Law
@@ -90,13 +99,14 @@ class Plan:
     device_hours: float | None
     days: float | None
     money: float | None
+    currency: str
     energy_kwh: float | None
     tifa: dict[str, dict[str, Any]]
     notes: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
-        law = {"name": self.law.name, "source": self.law.source, "note": self.law.note, "tokens": self.law.tokens}
-        law["budgets"] = self.law.budgets  # type: ignore[assignment]
+        told = ("name", "source", "note", "tokens", "budgets", "fitted_on", "intervals")
+        law = {name: getattr(self.law, name) for name in told}
         on = self.hardware
         return {
             "flops": self.flops,
@@ -107,11 +117,12 @@ class Plan:
             "candidates": [candidate.as_json() for candidate in self.candidates],
             "hardware": None
             if on is None
-            else {"gpu": on.device.name, "gpus": on.gpus, "precision": on.precision, "mfu": on.mfu,
-                  "peak_flops": on.device.peak(on.precision)},
+            else {"gpu": on.device.name, "gpus": on.gpus, "gpus_assumed": on.assumed, "precision": on.precision,
+                  "mfu": on.mfu, "peak_flops": on.device.peak(on.precision)},
             "device_hours": self.device_hours,
             "days": self.days,
             "money": self.money,
+            "currency": self.currency,
             "energy_kwh": self.energy_kwh,
             "tifa": self.tifa,
             "notes": list(self.notes),
@@ -126,20 +137,24 @@ def make_plan(
     batch: int = 2048,
     hardware: Hardware | None = None,
     price: float | None = None,
+    currency: str = "USD",
     watts: float | None = None,
     presets: int = 2,
 ) -> Plan:
-    """The plan for C = ``flops``; ``resolution`` (H, W) in pixels, ``price`` and ``watts`` per device (hour).
+    """The plan for C = ``flops``; ``resolution`` (H, W) in pixels, ``price`` in ``currency`` and ``watts`` per device (hour).
 
     ConfigError for numbers out of range, a batch that the budget cannot pay once, or an N_opt that no U-ViT has.
     """
+    bounded("price", price, MOST_PRICE)
+    bounded("watts", watts, MOST_WATTS)
     optimum = law.optimum(positive_budget(flops))
     if not 1 <= batch <= _MAX_BATCH:
         raise ConfigError(f"batch {batch} is outside 1 to {_MAX_BATCH:,}", cure="2048 is usual at these sizes")
     base = replace(PRESETS[BASE], latent_size=latents(resolution))
     shapes = {"custom": shape_for(optimum.params, base)} | dict(nearest_presets(optimum.params, base, presets))
     candidates = tuple(_candidate(name, spec, flops, law, optimum, batch) for name, spec in shapes.items())
-    hours = None if hardware is None else flops / hardware.flops_per_hour
+    rate = None if hardware is None else hardware.flops_per_hour
+    hours = None if rate is None else flops / rate
     power = watts if watts is not None else hardware.device.watts if hardware else None
     return Plan(
         flops=flops,
@@ -152,6 +167,7 @@ def make_plan(
         device_hours=hours,
         days=hours / hardware.gpus / 24 if hours is not None and hardware else None,
         money=hours * price if hours is not None and price is not None else None,
+        currency=currency,
         energy_kwh=hours * power / 1000 if hours is not None and power is not None else None,
         tifa=_tifa(flops, optimum.params),
         notes=tuple(_notes(law, base, hardware, power, watts)),
@@ -264,7 +280,9 @@ def _notes(
         yield f"the law was fitted at 256 image tokens an image (256² pixels); this resolution has {base.n_img:,}"
     if TIFA_2404_02883["params"].note:
         yield f"TIFA by parameters (2404.02883): {TIFA_2404_02883['params'].note}"
-    if hardware is not None and power is None:
+    if hardware is not None and hardware.mfu is None:
+        yield NO_MFU
+    elif hardware is not None and power is None:
         yield f"energy unknown: no rated power for {hardware.device.name}; give --watts"
     elif hardware is not None and watts is None:
         yield f"energy at the board's rated power, {power:g} W, which is a ceiling"

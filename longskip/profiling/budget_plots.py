@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import base64
-import json
+import io
 import math
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from longskip.profiling import units
+from longskip.profiling import outputs, units
 from longskip.profiling.accounting import LABELS
 from longskip.profiling.budget import RunBudget
-from longskip.profiling.fits import FrontierFit, Parabola, Point, PowerFit
-from longskip.profiling.laws import Optimum
+from longskip.profiling.fits import FrontierFit, Parabola, Point, PowerFit, Prediction
 from longskip.profiling.parametric import ParametricFit
+from longskip.profiling.predicted import prediction_rows
 
 Fit = FrontierFit | ParametricFit
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
@@ -70,9 +70,10 @@ def plot_fit(fit: Fit, folder: Path) -> dict[str, Path]:
     return pictures
 
 
-def write_page(fit: Fit, pictures: dict[str, Path], predictions: Sequence[Optimum], origin: str, path: Path) -> Path:
+def write_page(fit: Fit, pictures: dict[str, Path], predictions: Sequence[Prediction], origin: str, path: Path) -> Path:
     """One self-contained HTML file: the law, its figures with intervals, the pictures, predictions and points."""
     import jinja2
+    from markupsafe import Markup
 
     from longskip import __version__
 
@@ -85,17 +86,17 @@ def write_page(fit: Fit, pictures: dict[str, Path], predictions: Sequence[Optimu
         origin=origin,
         rows=figure_rows(fit),
         minima=[parabola.as_json() for parabola in getattr(fit, "parabolas", ())],
-        predictions=predictions,
+        predictions=prediction_rows(predictions),
+        warnings=fit.warnings,
         points=sorted(fit.points, key=lambda point: (point.flops, point.params)),
         pictures={title: base64.b64encode(file.read_bytes()).decode() for title, file in pictures.items()},
-        law=json.dumps(fit.law.as_json(), indent=2, ensure_ascii=False),
+        law=outputs.json_text(fit.law.as_json(), indent=2),
         scientific=units.scientific,
         count=units.count,
-        style=(templates / "report.css").read_text("utf-8"),
+        style=Markup((templates / "report.css").read_text("utf-8")),  # a quote that is escaped ends its rule
         version=__version__,
     )
-    path.write_text(page, "utf-8")
-    return path
+    return outputs.write_text(path, page)
 
 
 def figure_rows(fit: Fit) -> list[tuple[str, str, str]]:
@@ -263,5 +264,6 @@ def _colour(index: int, count: int = 0) -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    outputs.write_bytes(path, drawn.getvalue())

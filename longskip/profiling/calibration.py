@@ -33,7 +33,8 @@ __all__ = ["DTYPES", "Calibration", "Ceilings", "Seconds", "calibrate", "calls_o
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SHORT = 2e-3  # seconds: shorter work is repeated within a round
 _MOST = 20  # times within a round
-_LEAST = 0.05  # of a backward's time is its own, however long the engine's start took
+_LEAST = 0.05  # of a backward's time with the engine's start: what is its own is not told from noise below that
+_AGAIN = 5  # turns more for a backward that was not told from the engine's start
 
 
 class Seconds(NamedTuple):
@@ -47,6 +48,7 @@ class Seconds(NamedTuple):
 
 
 ReadClock = Callable[[], Seconds]
+_NOTHING = Seconds(0.0, 0.0)
 
 
 def clock_of(device: torch.device) -> ReadClock:
@@ -65,6 +67,11 @@ def clock_of(device: torch.device) -> ReadClock:
 
 def _median(spans: Sequence[Seconds]) -> Seconds:
     return Seconds(statistics.median(s.cpu for s in spans), statistics.median(s.wall for s in spans))
+
+
+def _told(own: Seconds, whole: Seconds) -> bool:
+    """Whether what is left of a backward without the engine's start is more than noise, by both clocks."""
+    return all(left > _LEAST * took for left, took in zip(own, whole, strict=True))
 
 
 # -- what is beside the ops --------------------------------------------------------------------------------------------
@@ -126,6 +133,7 @@ class _Slot:
     work: Work
     cotangents: list[Tensor]
     times: int = 1
+    whole: Seconds = _NOTHING  # of the last backward with the engine's start
     forward: list[Seconds] = field(default_factory=list)
     backward: list[Seconds] = field(default_factory=list)
 
@@ -180,6 +188,7 @@ class Calibration:
         """Seconds forward and backward; None where nothing needs a gradient.
 
         A whole step starts the autograd engine once: the start, of a graph of one view taken just before, is subtracted.
+        What is left may be nothing, or less: ``_told`` says of the medians whether it was a measurement.
         """
         start = self._read()
         outputs = slot.work.run()
@@ -192,7 +201,8 @@ class Calibration:
         middle = self._read()
         torch.autograd.grad(outputs, slot.work.leaves, slot.cotangents, allow_unused=True)
         engine, took = middle.since(start), self._read().since(middle)
-        return forward, Seconds(*(max(a - b, _LEAST * a) for a, b in zip(took, engine, strict=True)))
+        slot.whole = took
+        return forward, Seconds(*(a - b for a, b in zip(took, engine, strict=True)))
 
     def _adamw(self) -> Callable[[], None]:
         lists = [[torch.randn(n, device=self.device) for n in self._parameters] for _ in range(4)]
@@ -213,6 +223,10 @@ class Calibration:
         for spans, slot in zip(found, slots, strict=True):
             slot.forward.append(_median([forward for forward, _ in spans]))
             backward = [backward for _, backward in spans if backward is not None]
+            for _ in range(_AGAIN):
+                if not backward or _told(_median(backward), slot.whole):
+                    break
+                backward.append(self._once(slot)[1] or backward[-1])
             if backward:
                 slot.backward.append(_median(backward))
         if self._step is not None:
@@ -233,7 +247,14 @@ class Calibration:
         return _median(spans) if spans else None
 
     def overhead(self) -> dict[str, dict[str, float]]:
-        """Seconds beside the ops, per call of an op and direction: of the smallest model, its step less its ops."""
+        """Seconds beside the ops, per call of an op and direction: of the smallest model, its step less its ops, and 0
+        where that is less than nothing (``notes`` says so)."""
+        return {
+            direction: {clock: max(0.0, seconds) for clock, seconds in rest.items()}
+            for direction, rest in self._rest().items()
+        }
+
+    def _rest(self) -> dict[str, dict[str, float]]:
         found = {}
         for at, direction in enumerate(("forward", "backward")):
             whole = _median([spans[at] for spans in self._small_spans])
@@ -242,8 +263,27 @@ class Calibration:
             rest = (
                 (whole[clock] - sum(part[clock] for part in parts if part is not None)) / count for clock in range(2)
             )
-            found[direction] = dict(zip(Seconds._fields, (max(0.0, seconds) for seconds in rest), strict=True))
+            found[direction] = dict(zip(Seconds._fields, rest, strict=True))
         return found
+
+    def notes(self) -> list[str]:
+        """What was measured and is no measurement: backwards left out, overheads below nothing."""
+        found = [
+            f"{slot.call.op} {' '.join(f'{name}={size}' for name, size in slot.call.sizes.items())} backward: not told from "
+            "the start of the autograd engine, left out"
+            for key, slot in self._slots.items()
+            if key in self._asked and self._lost(slot)
+        ]
+        for direction, rest in self._rest().items():
+            if rest["cpu"] < 0:
+                found.append(
+                    f"{direction}: the smallest model's ops took longer by themselves than its step, overhead 0"
+                )
+        return found
+
+    def _lost(self, slot: _Slot) -> bool:
+        took = self._took(slot, "backward")
+        return took is not None and not _told(took, slot.whole)
 
     def result(self, device_name: str, about: Mapping[str, Any] | None = None) -> Efficiencies:
         """The medians over the rounds so far; ConfigError before the first."""
@@ -256,6 +296,8 @@ class Calibration:
                 continue
             for direction in DIRECTIONS:
                 cost, took = cost_of(slot.call, direction, itemsize), self._took(slot, direction)
+                if direction == "backward" and self._lost(slot):
+                    continue
                 if took is not None and cost is not None:
                     sizes = dict(slot.call.sizes)
                     entries.append(
@@ -266,7 +308,8 @@ class Calibration:
             cost = FORMULAS["adamw"].forward(**sizes)
             took = _median(self._optimizer)
             entries.append(Measured("adamw", "forward", sizes, 0, cost.elementwise, cost.bytes, *took))
-        return Efficiencies(device_name, self.dtype, tuple(entries), self.overhead(), about or {})
+        said = {"notes": notes} if (notes := self.notes()) else {}
+        return Efficiencies(device_name, self.dtype, tuple(entries), self.overhead(), {**(about or {}), **said})
 
 
 @dataclass(frozen=True)

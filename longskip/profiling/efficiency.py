@@ -23,6 +23,8 @@ from longskip.profiling.hardware import Device, lookup
 __all__ = ["ASSUMED", "Efficiencies", "Ideal", "Measured", "Share", "adopt", "cache_folder", "ideal"]
 
 Direction = Literal["forward", "backward"]
+Case = Literal["slow", "likely", "fast"]
+CASES: tuple[Case, Case, Case] = ("slow", "likely", "fast")
 Clock = Literal["cpu", "wall"]
 DIRECTIONS: tuple[Direction, Direction] = ("forward", "backward")
 # Entries of another size say little beyond this factor in FLOPs or bytes; the prediction then names it.
@@ -84,19 +86,37 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Assumption:
-    """Efficiencies where nothing was measured, with their reason."""
+    """Efficiencies where nothing was measured, with their reason; ``slow`` and ``fast``: (compute, memory) of the ends
+    between which the truth is taken to lie."""
 
     name: str
     compute: float
     memory: float
+    slow: tuple[float, float]
+    fast: tuple[float, float]
     reason: str
 
-    def share(self) -> Share:
-        return Share(self.compute, self.memory, f"assumed: {self.name}", False)
+    def share(self, case: Case = "likely") -> Share:
+        compute, memory = {"slow": self.slow, "likely": (self.compute, self.memory), "fast": self.fast}[case]
+        return Share(compute, memory, f"assumed: {self.name}", False)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self.compute:.0%} of the peak ({self.slow[0]:.0%} to {self.fast[0]:.0%}), {self.memory:.0%} of "
+            f"the bandwidth ({self.slow[1]:.0%} to {self.fast[1]:.0%}); {self.reason}"
+        )
 
 
-_COPY = 0.85
+_COPY, _SLOW_COPY, _FAST_COPY = 0.85, 0.70, 0.92  # of the bandwidth, by kernels that move bytes and little else
 _FA3 = "FlashAttention-3's figures on an H100 of 989 TFLOP/s at 512 to 4,000 tokens (arXiv 2407.08608, section 4.1)"
+
+
+def _attention(name: str, compute: float, reason: str) -> Assumption:
+    """8 points to either side, about half of what the figures spread."""
+    ends = (compute - 0.08, _SLOW_COPY), (compute + 0.08, _FAST_COPY)
+    return Assumption(f"attention {name}", compute, _COPY, *ends, f"{_FA3}: {reason}")
+
+
 ASSUMED: Mapping[str, Assumption] = {
     assumption.name: assumption
     for assumption in (
@@ -104,24 +124,33 @@ ASSUMED: Mapping[str, Assumption] = {
             "products",
             0.70,
             _COPY,
+            (0.60, _SLOW_COPY),
+            (0.80, _FAST_COPY),
             "the best large products reach 80 to 90% of an H100's peak (arXiv 2407.08608, section 1); "
             "a model's are smaller and alternate with other work",
         ),
-        Assumption("attention forward, head dim up to 64", 0.40, _COPY, f"{_FA3}: 34 to 48%"),
-        Assumption("attention forward, head dim above 64", 0.55, _COPY, f"{_FA3}: 47 to 65%"),
-        Assumption("attention backward, head dim up to 64", 0.35, _COPY, f"{_FA3}: 27 to 46%"),
-        Assumption("attention backward, head dim above 64", 0.45, _COPY, f"{_FA3}: 32 to 55%"),
-        Assumption("elementwise", 0.50, _COPY, "the best norm kernels reach 90% of an H100's bandwidth (quack)"),
+        _attention("forward, head dim up to 64", 0.40, "34 to 48%"),
+        _attention("forward, head dim above 64", 0.55, "47 to 65%"),
+        _attention("backward, head dim up to 64", 0.35, "27 to 46%"),
+        _attention("backward, head dim above 64", 0.45, "32 to 55%"),
+        Assumption(
+            "elementwise",
+            0.50,
+            _COPY,
+            (0.30, _SLOW_COPY),
+            (0.70, _FAST_COPY),
+            "the best norm kernels reach 90% of an H100's bandwidth (quack), unfused ones less",
+        ),
     )
 }
 
 
-def assumed(op: str, direction: Direction, sizes: Mapping[str, int], contraction: bool) -> Share:
+def assumed(op: str, direction: Direction, sizes: Mapping[str, int], contraction: bool, case: Case = "likely") -> Share:
     """The default efficiencies of an op, marked as assumed."""
     if op.startswith("attention"):
         wide = "above 64" if sizes.get("head_dim", 64) > 64 else "up to 64"
-        return ASSUMED[f"attention {direction}, head dim {wide}"].share()
-    return ASSUMED["products" if contraction else "elementwise"].share()
+        return ASSUMED[f"attention {direction}, head dim {wide}"].share(case)
+    return ASSUMED["products" if contraction else "elementwise"].share(case)
 
 
 @dataclass(frozen=True)

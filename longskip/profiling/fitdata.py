@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 from longskip.errors import ConfigError
@@ -21,6 +22,7 @@ Compute = Literal["exact", "6nd"]
 LossOf = Literal["train", "validation"]
 
 COLUMNS = ("flops", "params", "tokens", "loss")
+USUAL_6ND = (0.5, 3.0)  # C ÷ 6ND: below it forward passes alone, above it attention over very long sequences
 _EMA = 0.9  # of the loss over intervals, as arXiv 2410.08184 smooths it
 # What may differ between the runs of one fit: how large the model is, how long it trains, and how it is carried out.
 _SIZE = {"width", "depth", "n_heads"}
@@ -52,11 +54,29 @@ def read_csv(path: Path, compute: Compute = "exact") -> list[Point]:
         ) from error
 
 
+def units_warning(points: Sequence[Point]) -> str | None:
+    """A sentence where C of a table is far from 6·N·D, as when a column counts in thousands or billions; else None."""
+    factors = {point.origin: point.flops / (6 * point.params * point.tokens) for point in points}
+    odd = [origin for origin, factor in factors.items() if not USUAL_6ND[0] <= factor <= USUAL_6ND[1]]
+    if not odd:
+        return None
+    middle = median(factors[origin] for origin in odd)
+    return (
+        f"flops ÷ (6·params·tokens) is {middle:.3g} in {len(odd)} of {len(factors)} rows (the first is {odd[0]}), and "
+        f"{USUAL_6ND[0]:g} to {USUAL_6ND[1]:g} is usual: is a column in other units (GFLOPs, millions)?"
+    )
+
+
 def _texts(row: Mapping[Any, Any]) -> list[str]:
     return [value for value in row.values() if isinstance(value, str) and value.strip()]
 
 
 def _row(path: Path, line: int, row: Mapping[str, Any], titles: Mapping[str, str], compute: Compute) -> Point:
+    if any(text.strip() for text in row.get(None) or ()):  # type: ignore[call-overload]
+        raise ConfigError(
+            f"{path}, line {line}: {len(row) - 1 + len(row[None])} values under {len(row) - 1} columns",  # type: ignore[index]
+            cure="write numbers without commas (1_000_000 or 1e6), one value a column",
+        )
     values = {}
     for name in COLUMNS:
         if name == "flops" and compute == "6nd":
@@ -81,7 +101,7 @@ def params_of(log: RunLog) -> int:
     ConfigError with the difference where lines are of different models, or another model's than ``run.json`` says.
     """
     seen: dict[tuple[int, int], LedgerLine] = {}  # N as numerator and denominator -> the first line that says so
-    for line in log.ledger.lines:
+    for line in _all_lines(log):
         if line.tokens > 0:
             divisor = math.gcd(line.six_nd, 6 * line.tokens)
             seen.setdefault((line.six_nd // divisor, 6 * line.tokens // divisor), line)
@@ -114,11 +134,16 @@ def params_of(log: RunLog) -> int:
     return up
 
 
+def _all_lines(log: RunLog) -> tuple[LedgerLine, ...]:
+    """Those too that count in no sum: of another model they would show that files were mixed."""
+    return (*log.ledger.lines, *log.ledger.overlapping)
+
+
 def _same_cost(log: RunLog) -> None:
     """Refuses lines that cost differently per image although their images have the same tokens: another model's."""
     seen: dict[tuple[int, int], LedgerLine] = {}
     sizes = set()
-    for line in log.ledger.lines:
+    for line in _all_lines(log):
         if line.images > 0:
             sizes.add((line.tokens / line.images, line.image_tokens / line.images))
             divisor = math.gcd(line.model_flops, line.images)

@@ -8,12 +8,12 @@ draw is seeded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from longskip.errors import ConfigError
-from longskip.profiling.laws import FrontierLaw, Interval, PowerLaw, Tokens
+from longskip.profiling.laws import FrontierLaw, Interval, Optimum, PowerLaw, Tokens
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +26,9 @@ SAME_BUDGET = 1.02
 SMOOTHING = 0.5  # of the scatter; 0.25 is unsteady at 4 points, 1 is nearly Student's t
 MIN_BUDGETS = 3
 MIN_SIZES = 3
+UNLIKELY = 0.01  # a bend that scatter alone makes less often than this is told
+_LARGEST = 700.0  # whose exponential a float still holds
+_NEGLIGIBLE = 1e-6  # of a value: what rounding leaves, not scatter
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ class PowerFit:
         if self._draws is None:
             return None
         low, high = self._draws.interval(math.log(x))
-        return math.exp(low), math.exp(high)
+        return math.exp(min(low, _LARGEST)), math.exp(min(high, _LARGEST))
 
     def as_json(self) -> dict[str, Any]:
         return self.law.as_json() | {
@@ -102,9 +105,27 @@ class Parabola:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a fit says of a budget, and the intervals of it: of the law, not of one more training; None without any."""
+
+    best: Optimum
+    params: Interval | None
+    tokens: Interval | None
+    loss: Interval | None
+
+    def as_json(self) -> dict[str, Any]:
+        spans = {name: _pair(getattr(self, name)) for name in ("params", "tokens", "loss")}
+        values = {name: getattr(self.best, name) for name in ("flops", *spans, "extrapolation")}
+        return values | {f"{name}_interval": span for name, span in spans.items()}
+
+
 @dataclass(frozen=True)
 class FrontierFit:
-    """Power laws of the best N, D and loss against C; ``parabolas`` is empty where points were taken as optima."""
+    """Power laws of the best N, D and loss against C; ``parabolas`` is empty where points were taken as optima.
+
+    ``warnings``: where the points do not lie as these laws say, a sentence each.
+    """
 
     law: FrontierLaw
     params: PowerFit
@@ -112,6 +133,12 @@ class FrontierFit:
     loss: PowerFit
     points: tuple[Point, ...]
     parabolas: tuple[Parabola, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def predict(self, flops: float) -> Prediction:
+        """The best N, D and loss of ``flops``, with intervals; ConfigError for a budget that is none."""
+        best = self.law.optimum(flops)
+        return Prediction(best, *(line.interval(best.flops) for line in (self.params, self.data, self.loss)))
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -122,6 +149,7 @@ class FrontierFit:
             "data": self.data.as_json(),
             "loss": self.loss.as_json(),
             "minima": [parabola.as_json() for parabola in self.parabolas],
+            "warnings": list(self.warnings),
         }
 
 
@@ -215,8 +243,75 @@ def _frontier(
         loss=loss.law,
         budgets=(min(budgets), max(budgets)),
         tokens=tokens,
-    )
-    return FrontierFit(law, params, data, loss, points, parabolas)
+        intervals={"level": LEVEL} | {
+            name: {"exponent": _pair(line.exponent_interval), "coefficient": _pair(line.coefficient_interval)}
+            for name, line in (("params", params), ("data", data), ("loss", loss))
+        },
+    )  # fmt: skip
+    return FrontierFit(law, params, data, loss, points, parabolas, tuple(_misses(budgets, best, lines, parabolas)))
+
+
+def _misses(
+    budgets: Sequence[float],
+    best: Sequence[Point] | Sequence[Parabola],
+    lines: Sequence[PowerFit],
+    parabolas: Sequence[Parabola],
+) -> Iterator[str]:
+    """Where a straight line misses its points by more than these scatter about a curve, or about their parabolas."""
+    import math
+
+    x = [math.log(flops) for flops in budgets]
+    named = (("N_opt", "params"), ("D_opt", "tokens"), ("loss", "loss"))
+    for (name, attribute), line in zip(named, lines, strict=True):
+        if line.scatter < _NEGLIGIBLE:
+            continue
+        y = [math.log(getattr(one, attribute)) for one in best]
+        chance, bend = _curvature(x, y)
+        if name == "loss":
+            chance = min(chance, _beyond_parabolas(line.scatter, parabolas))
+        if chance > UNLIKELY:
+            continue
+        off = max(abs(math.expm1(math.log(line.law(c)) - value)) for c, value in zip(budgets, y, strict=True))
+        said = (
+            f"{name} does not lie on a straight line in log–log: it misses its own points by up to {100 * off:.2g}%, "
+            f"more than they scatter (a chance of {chance:.1g})"
+        )
+        if name == "loss" and bend > 0:
+            said += (
+                "; the loss flattens, as one does that cannot fall below a constant: a form with one fits better "
+                "(--form parametric), and this line promises too little loss beyond the largest budget"
+            )
+        yield said
+
+
+def _curvature(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """How likely scatter alone would bend a line as much as the points (two-sided t of the square term), and the bend;
+    1 where no point is left over to judge by."""
+    import numpy as np
+    from scipy import stats
+
+    u = np.asarray(x) - np.mean(x)
+    design = np.stack([u * u, u, np.ones_like(u)], axis=1)
+    curve, *_ = np.linalg.lstsq(design, np.asarray(y), rcond=None)
+    left = len(u) - 3
+    if left < 1:
+        return 1.0, float(curve[0])
+    residuals = np.asarray(y) - design @ curve
+    error = float(np.sqrt((residuals**2).sum() / left * np.linalg.inv(design.T @ design)[0, 0]))
+    return (float(2 * stats.t.sf(abs(curve[0]) / error, left)) if error > 0 else 0.0), float(curve[0])
+
+
+def _beyond_parabolas(scatter: float, parabolas: Sequence[Parabola]) -> float:
+    """How likely the minima would miss their line by ``scatter`` (n − 2 degrees of freedom) if they scattered as the
+    trainings do about their parabolas (F); 1 where these have no point left over."""
+    from scipy import stats
+
+    left = sum(len(one.points) - 3 for one in parabolas)
+    if left < 2:
+        return 1.0
+    square = sum((one(p.params) / p.loss - 1) ** 2 for one in parabolas for p in one.points) / left
+    ratio = scatter**2 / max(square, _NEGLIGIBLE**2)
+    return float(stats.f.sf(ratio, len(parabolas) - 2, left))
 
 
 def _parabola(group: tuple[Point, ...], seed: int) -> Parabola:

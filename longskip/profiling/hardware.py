@@ -5,7 +5,8 @@ row with the similar name: it is unknown here, and an unknown device has no MFU.
 (``hardware_file.py``): one file in their configuration folder, which every command reads, or ``--hardware FILE``.
 
 Vendors print tensor-core rates with 2:4 sparsity; where only those are printed, the row holds half of them. They print a
-link's bandwidth as the sum of both directions; the row holds one direction.
+link's bandwidth as the sum of both directions; the row holds one direction. They sell memory in GB, and a driver reports
+another number: the row holds the driver's, and its source says so.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ DTYPES = ("fp32", "tf32", "bf16", "fp16")
 THIS = "this"  # the short name of the machine that `longskip bench machine` has measured
 _TERA = 10**12
 _GB = 10**9
+_MIB = 1 << 20
 _SPELLINGS = {
     "float32": "fp32",
     "bfloat16": "bf16",
@@ -40,8 +42,9 @@ class Device:
     """One accelerator of the table.
 
     ``peak_flops``: dtype → dense peak in FLOP/s (2 per multiply-add) with fp32 accumulation; ``memory`` in bytes as
-    sold (decimal GB); ``bandwidth`` of that memory in bytes/s; ``watts``: the board's power limit (TDP), ``link``: bytes/s
-    to the other devices of its node, one direction, over ``link_name``; both None where the row does not say.
+    the driver reports them, or where that is not known as ``sold`` (decimal GB); ``bandwidth`` of that memory in bytes/s;
+    ``watts``: the board's power limit (TDP), ``link``: bytes/s to the other devices of its node, one direction, over
+    ``link_name``; ``host_link``: to the host's memory, one direction; each None where the row does not say.
     ``short``: what it is asked for by on the command line; ``pattern`` matches the whole driver name. ``measured``: the
     rates were measured and are no datasheet's, so that there is no MFU.
     """
@@ -57,6 +60,8 @@ class Device:
     link_name: str = ""
     short: str = ""
     measured: bool = False
+    sold: int = 0
+    host_link: int | None = None
 
     def peak(self, dtype: str) -> int:
         """Dense peak FLOP/s for ``dtype`` (``fp32 tf32 bf16 fp16`` or torch's spelling); ConfigError when unknown."""
@@ -97,13 +102,16 @@ def row(
     watts: int | None = None,
     link: tuple[str, float] | None = None,
     measured: bool = False,
+    mebibytes: float | None = None,
+    host_link: float | None = None,
 ) -> Device:
     """A device from figures as datasheets print them: TFLOP/s, GB, GB/s, watts; ``link``: its name and GB/s
-    in one direction."""
+    in one direction, ``host_link``: GB/s to the host's memory. ``mebibytes``: the memory as the driver reports it."""
+    sold = round(gigabytes * _GB)
     return Device(
         name=name,
         peak_flops=MappingProxyType({dtype: round(tera * _TERA / 10**6) * 10**6 for dtype, tera in teraflops.items()}),
-        memory=round(gigabytes * _GB),
+        memory=sold if mebibytes is None else round(mebibytes * _MIB),
         bandwidth=round(gb_per_second * _GB),
         source=source,
         pattern=re.compile(pattern, re.IGNORECASE),
@@ -112,6 +120,8 @@ def row(
         link_name="" if link is None else link[0],
         short=short,
         measured=measured,
+        sold=sold,
+        host_link=None if host_link is None else round(host_link * _GB),
     )
 
 
@@ -121,70 +131,98 @@ def _rates(fp32: float, tf32: float, half: float) -> dict[str, float]:
 
 _A100, _HOPPER = _rates(19.5, 156, 312), _rates(67, 494.5, 989.5)
 _A100_SHEET = "NVIDIA A100 Tensor Core GPU datasheet"
-_PCIE4 = ("PCIe 4.0 x16", 32.0)
+_PCIE4, _PCIE5 = ("PCIe 4.0 x16", 32.0), ("PCIe 5.0 x16", 64.0)
+
+
+def _reported(mebibytes: int, by: str = "nvidia-smi") -> str:
+    return f"; {by} reports {mebibytes:,} MiB of memory"
+
 
 # TFLOP/s, GB, GB/s, watts. Patterns are matched against the whole name without the vendor's word.
 DEVICES: tuple[Device, ...] = (
     row(
         "A100 SXM 40GB", r"A100[- ]SXM4?[- ]40 ?GB", short="a100-40gb",
         teraflops=_A100, gigabytes=40, gb_per_second=1555, watts=400, link=("NVLink 3", 300),
-        source=f"{_A100_SHEET} of 2020 (A100 40GB SXM), dense figures as printed",
+        mebibytes=40960, host_link=32,
+        source=f"{_A100_SHEET} of 2020 (A100 40GB SXM), dense figures as printed"
+        + _reported(40960),
     ),
     row(
         "A100 SXM 80GB", r"A100[- ]SXM4?[- ]80 ?GB", short="a100-80gb",
         teraflops=_A100, gigabytes=80, gb_per_second=2039, watts=400, link=("NVLink 3", 300),
-        source=f"{_A100_SHEET} (A100 80GB SXM), dense figures as printed",
+        mebibytes=81920, host_link=32,
+        source=f"{_A100_SHEET} (A100 80GB SXM), dense figures as printed"
+        + _reported(81920),
     ),
     row(
         "A100 PCIe 80GB", r"A100 (80 ?GB PCIe|PCIe 80 ?GB)", short="a100-pcie",
         teraflops=_A100, gigabytes=80, gb_per_second=1935, watts=300, link=_PCIE4,
-        source=f"{_A100_SHEET} (A100 80GB PCIe), dense figures as printed; without the bridge that joins two cards",
+        mebibytes=81920, host_link=32,
+        source=f"{_A100_SHEET} (A100 80GB PCIe), dense figures as printed; without the bridge that joins two cards"
+        + _reported(81920),
     ),
     row(
         "H100 SXM", r"H100 (80 ?GB HBM3|SXM5?( 80 ?GB)?)", short="h100",
         teraflops=_HOPPER, gigabytes=80, gb_per_second=3350, watts=700, link=("NVLink 4", 450),
-        source="NVIDIA H100 Tensor Core GPU datasheet (H100 SXM), half of the rates printed with sparsity",
+        mebibytes=81559, host_link=64,
+        source="NVIDIA H100 Tensor Core GPU datasheet (H100 SXM), half of the rates printed with sparsity"
+        + _reported(81559),
     ),
     row(
         "H100 PCIe", r"H100 PCIe( 80 ?GB)?", short="h100-pcie",
         teraflops=_rates(51, 378, 756.5), gigabytes=80, gb_per_second=2000, watts=350,
-        link=("PCIe 5.0 x16", 64),
+        link=_PCIE5,
+        mebibytes=81559, host_link=64,
         source="NVIDIA H100 Tensor Core GPU datasheet (H100 PCIe), half of the rates printed with sparsity; without the "
-        "bridge that joins two cards",
+        "bridge that joins two cards"
+        + _reported(81559),
     ),
     row(
         "H200", r"H200( SXM)?( 141 ?GB)?( HBM3e)?", short="h200",
         teraflops=_HOPPER, gigabytes=141, gb_per_second=4800, watts=700, link=("NVLink 4", 450),
-        source="NVIDIA H200 Tensor Core GPU datasheet (H200 SXM), half of the rates printed with sparsity",
+        mebibytes=143771, host_link=64,
+        source="NVIDIA H200 Tensor Core GPU datasheet (H200 SXM), half of the rates printed with sparsity"
+        + _reported(143771),
     ),
     row(
         "B200", r"B200( SXM)?( 180 ?GB)?( HBM3e)?", short="b200",
         teraflops=_rates(75, 1125, 2250), gigabytes=180, gb_per_second=8000, watts=1000,
         link=("NVLink 5", 900),
-        source="NVIDIA HGX B200 and DGX B200 datasheets, one eighth of the board, half of the rates with sparsity",
+        mebibytes=183359, host_link=64,
+        source="NVIDIA HGX B200 and DGX B200 datasheets, one eighth of the board, half of the rates with sparsity"
+        + _reported(183359),
     ),
     row(
         "GB200", r"GB200( 186 ?GB)?( HBM3e)?", short="gb200",
         teraflops=_rates(80, 1250, 2500), gigabytes=186, gb_per_second=8000, watts=1200,
         link=("NVLink 5", 900),
-        source="NVIDIA GB200 NVL72 datasheet, one GPU of 72 (half a superchip, its CPU's power apart), half of the rates "
-        "with sparsity; power: NVIDIA Blackwell architecture technical brief",
+        mebibytes=189471, host_link=225,
+        source="NVIDIA GB200 NVL72 datasheet, one GPU of 72 (half a superchip, its CPU's power apart; half of the "
+        "450 GB/s of NVLink-C2C in one direction), half of the rates with sparsity; "
+        "power: NVIDIA Blackwell architecture technical brief"
+        + _reported(189471),
     ),
     row(
         "MI300X", r"(Instinct )?MI300X( OAM)?", short="mi300x",
         teraflops=_rates(163.4, 653.7, 1307.4), gigabytes=192, gb_per_second=5300, watts=750,
         link=("Infinity Fabric, 7 links", 448),
-        source="AMD Instinct MI300X accelerator data sheet, matrix rates without sparsity; links of the platform of 8",
+        mebibytes=206_141_652_992 / _MIB, host_link=64,
+        source="AMD Instinct MI300X accelerator data sheet, matrix rates without sparsity; links of the platform of 8; "
+        "rocm-smi reports 206,141,652,992 B of memory",
     ),
     row(
         "L40S", r"L40S", short="l40s",
         teraflops=_rates(91.6, 183, 362.05), gigabytes=48, gb_per_second=864, watts=350, link=_PCIE4,
-        source="NVIDIA L40S datasheet, dense figures as printed",
+        mebibytes=46068, host_link=32,
+        source="NVIDIA L40S datasheet, dense figures as printed"
+        + _reported(46068),
     ),
     row(
         "RTX 4090", r"(GeForce )?RTX 4090", short="rtx4090",
         teraflops=_rates(82.6, 82.6, 165.2), gigabytes=24, gb_per_second=1008, watts=450, link=_PCIE4,
-        source="NVIDIA Ada GPU architecture whitepaper, table of the GeForce RTX 4090, fp32 accumulation, dense",
+        mebibytes=24564, host_link=32,
+        source="NVIDIA Ada GPU architecture whitepaper, table of the GeForce RTX 4090, fp32 accumulation, dense"
+        + _reported(24564),
     ),
 )  # fmt: skip
 

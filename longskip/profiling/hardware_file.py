@@ -6,10 +6,12 @@
         driver_names: [NVIDIA RTX 6000 Ada Generation]
         teraflops: {fp32: 91.1, bf16: 364.2}      # dense
         memory_gb: 48
+        memory_mib: 46068                # optional: what the driver reports, which then counts
         bandwidth_gb_s: 960
         watts: 300                       # optional
         link_gb_s: 32                    # optional: to the node's other devices, one direction
         link_name: PCIe 4.0 x16          # with it
+        host_link_gb_s: 32               # optional: to the host's memory, one direction
         source: NVIDIA RTX 6000 Ada datasheet
     networks:
       - {name: my-net, gigabits: 200, per: gpu, source: the provider's page}     # per: gpu or node
@@ -36,7 +38,7 @@ __all__ = ["add_device", "read"]
 
 _DEVICE = (
     "name", "short", "driver_names", "teraflops", "memory_gb", "bandwidth_gb_s", "watts", "link_gb_s", "link_name",
-    "measured", "source",
+    "measured", "source", "memory_mib", "host_link_gb_s",
 )  # fmt: skip
 _NEEDED = ("name", "teraflops", "memory_gb", "bandwidth_gb_s", "source")
 _NETWORK = ("name", "gigabits", "per", "source")
@@ -102,6 +104,8 @@ def _device(item: Any, where: str) -> Device:
         link=(_text(item, "link_name", where), _number(item, "link_gb_s", where)) if "link_gb_s" in item else None,
         source=_text(item, "source", where),
         measured=measured,
+        mebibytes=_number(item, "memory_mib", where) if "memory_mib" in item else None,
+        host_link=_number(item, "host_link_gb_s", where) if "host_link_gb_s" in item else None,
     )
 
 

@@ -60,7 +60,7 @@ class Optimum:
         if self.extrapolation == 1:
             return "inside the budgets that the law was fitted on"
         end = "below the smallest" if self.below else "above the largest"
-        return f"extrapolation: {self.extrapolation:.3g}\N{MULTIPLICATION SIGN} {end} budget that the law was fitted on"
+        return f"extrapolation: {times_text(self.extrapolation)} {end} budget that the law was fitted on"
 
     @property
     def range_word(self) -> str:
@@ -69,11 +69,12 @@ class Optimum:
             return "unknown"
         if self.extrapolation == 1:
             return "inside"
-        return f"{self.extrapolation:.3g}\N{MULTIPLICATION SIGN} {'below' if self.below else 'beyond'}"
+        return f"{times_text(self.extrapolation)} {'below' if self.below else 'beyond'}"
 
 
 class Law(Protocol):
-    """What a planner asks of a law. ``tokens`` says which D it means: all that the model processes, or image tokens."""
+    """What a planner asks of a law. ``tokens`` says which D it means: all that the model processes, or image tokens;
+    ``fitted_on`` what was trained to find it; ``intervals`` those of a fit of one's own, as its ``as_json`` has them."""
 
     @property
     def name(self) -> str: ...
@@ -85,6 +86,10 @@ class Law(Protocol):
     def tokens(self) -> Tokens: ...
     @property
     def budgets(self) -> Interval | None: ...
+    @property
+    def fitted_on(self) -> str: ...
+    @property
+    def intervals(self) -> Mapping[str, Any]: ...
 
     def optimum(self, flops: float) -> Optimum: ...
 
@@ -104,18 +109,17 @@ class FrontierLaw:
     budgets: Interval | None = None
     tokens: Tokens = "all"
     note: str = ""
+    fitted_on: str = ""
+    intervals: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def optimum(self, flops: float) -> Optimum:
         """ConfigError for a budget that is not a positive number."""
         flops = positive_budget(flops)
-        return Optimum(
-            flops,
-            self.params(flops),
-            self.data(flops),
-            None if self.loss is None else self.loss(flops),
-            None if self.fid is None else self.fid(flops),
-            *_outside(flops, self.budgets),
-        )
+        try:
+            said = [None if line is None else line(flops) for line in (self.params, self.data, self.loss, self.fid)]
+        except OverflowError:
+            raise _no_number(self, flops) from None
+        return _optimum(self, flops, *said)
 
     def as_json(self) -> dict[str, Any]:
         lines = {"params": self.params, "data": self.data, "loss": self.loss, "fid": self.fid}
@@ -136,6 +140,8 @@ class ParametricLaw:
     budgets: Interval | None = None
     tokens: Tokens = "all"
     note: str = ""
+    fitted_on: str = ""
+    intervals: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def loss(self, params: float, tokens: float) -> float:
         """Predicted loss of N parameters after D tokens."""
@@ -149,10 +155,14 @@ class ParametricLaw:
     def optimum(self, flops: float) -> Optimum:
         """The closed form of arXiv 2203.15556, eq. 4: N = G·(C/6)^a, D = (C/6)^b / G, G = (αA/βB)^(1/(α+β))."""
         flops = positive_budget(flops)
-        g = (self.alpha * self.a / (self.beta * self.b)) ** (1 / (self.alpha + self.beta))
-        params = g * (flops / 6) ** self.params_exponent
-        tokens = (flops / 6) ** (1 - self.params_exponent) / g
-        return Optimum(flops, params, tokens, self.loss(params, tokens), None, *_outside(flops, self.budgets))
+        try:
+            g = (self.alpha * self.a / (self.beta * self.b)) ** (1 / (self.alpha + self.beta))
+            params = g * (flops / 6) ** self.params_exponent
+            tokens = (flops / 6) ** (1 - self.params_exponent) / g
+            loss = self.loss(params, tokens)
+        except (OverflowError, ZeroDivisionError):
+            raise _no_number(self, flops) from None
+        return _optimum(self, flops, params, tokens, loss, None)
 
     def as_json(self) -> dict[str, Any]:
         return _head("parametric", self) | {
@@ -174,6 +184,7 @@ DIT_IN_CONTEXT = FrontierLaw(
     budgets=(1e17, 6e18),
     tokens="image",
     note="coefficient of N 8.9196e-4, so that C = 6ND holds; the printed 0.0009 is rounded. D counts image tokens",
+    fitted_on="rectified-flow loss and FID by CLIP features, 108M image–text pairs, latents of 256² pixels",
 )
 CHINCHILLA = ParametricLaw(
     name="chinchilla",
@@ -185,7 +196,8 @@ CHINCHILLA = ParametricLaw(
     beta=0.28,
     budgets=(6e18, 3e21),
     note="fitted on language models: take its N and D as a split of the budget; its loss is nats per text token, no "
-    "diffusion loss",
+    "diffusion loss. The coefficients are the paper's, as rounded there; arXiv 2404.10102 fitted them anew",
+    fitted_on="language models on text",
 )
 BUILT_IN: dict[str, Law] = {law.name: law for law in (DIT_IN_CONTEXT, CHINCHILLA)}
 LANGUAGE_LAWS = frozenset({CHINCHILLA.name})
@@ -224,6 +236,7 @@ class ScalingFunction:
         return float(_outside(x, self.fitted)[0] or 1.0)
 
 
+TIFA_FITTED_ON = "UNets at 256²"
 # Ranges: compute of SDXL-C128 and SDXL over the longest training (600K steps of 2048 images), sizes of the same UNets,
 # and the two data sets without and with synthetic captions.
 TIFA_2404_02883 = {
@@ -238,6 +251,8 @@ TIFA_2404_02883 = {
 }
 
 MOST_FLOPS = 1e30
+MOST_PRICE = 1e9  # of a device and hour, in any currency
+MOST_WATTS = 1e6  # of a device
 _EDGE = 1.02
 
 
@@ -251,6 +266,19 @@ def positive_budget(flops: float) -> float:
             cure="the largest trainings known are below 1e27; give total training FLOPs",
         )
     return flops
+
+
+def times_text(times: float) -> str:
+    """How many times, in three figures, from a thousand on in two: ``16.1×``, ``170,000×``."""
+    text = f"{times:.3g}" if times < 999.5 else f"{float(f'{times:.2g}'):,.0f}"
+    return f"{text}\N{MULTIPLICATION SIGN}"
+
+
+def bounded(option: str, value: float | None, most: float) -> float | None:
+    """A price or a power as it was given; ConfigError where it is not between 0 and ``most``."""
+    if value is not None and not 0 <= value <= most:
+        raise ConfigError(f"{option} {value!r} is not between 0 and {most:,.0f}", cure="leave it out where unknown")
+    return value
 
 
 def find_law(name: str) -> Law:
@@ -279,7 +307,7 @@ def load_law(path: str | os.PathLike[str]) -> Law:
 
     ``form: power`` has ``params`` and ``data`` (each ``coefficient`` and ``exponent``), and may have ``loss`` and
     ``fid``; ``form: parametric`` has ``E A alpha B beta``. Both may have ``name source note budgets: [low, high]
-    tokens: all | image``. ConfigError names the key that is missing or wrong.
+    tokens: all | image, fitted_on, intervals`` (kept as they stand). ConfigError names the key that is missing or wrong.
     """
     file = Path(path)
     try:
@@ -302,6 +330,8 @@ def load_law(path: str | os.PathLike[str]) -> Law:
         "note": str(body.get("note", "")),
         "budgets": reader.budgets(),
         "tokens": reader.choice("tokens", ("all", "image"), "all"),
+        "fitted_on": str(body.get("fitted_on", "")),
+        "intervals": reader.mapping("intervals"),
     }
     if reader.choice("form", ("power", "parametric"), None) == "power":
         reader.only({"params", "data", "loss", "fid"})
@@ -312,7 +342,7 @@ def load_law(path: str | os.PathLike[str]) -> Law:
     return ParametricLaw(**head | {into: reader.number(key) for into, key in keys.items()})
 
 
-_HEAD = {"form", "name", "source", "note", "budgets", "tokens"}
+_HEAD = {"form", "name", "source", "note", "budgets", "tokens", "fitted_on", "intervals"}
 
 
 @dataclass(frozen=True)
@@ -342,6 +372,18 @@ class _Reader:
             raise ConfigError(f"{self.file}: {key} = {value:g} is not above {above:g}", cure="give a positive number")
         return value
 
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        given = self.body.get(key) or {}
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"{self.file}: {key} = {given!r} is no mapping", cure="leave it out")
+        try:
+            json.dumps(given)
+        except (TypeError, ValueError) as error:  # YAML has dates, sets and circles
+            raise ConfigError(
+                f"{self.file}: {key} holds what JSON has no form for: {error}", cure="leave it out"
+            ) from None
+        return given
+
     def line(self, key: str) -> PowerLaw:
         part = self.body.get(key)
         if not isinstance(part, Mapping):
@@ -368,6 +410,22 @@ class _Reader:
         return low, high
 
 
+def _optimum(
+    law: Law, flops: float, params: float | None, tokens: float | None, loss: float | None, fid: float | None
+) -> Optimum:
+    """ConfigError where N or D is no number above 0."""
+    if not params or not tokens or not math.isfinite(params) or not math.isfinite(tokens):
+        raise _no_number(law, flops)
+    return Optimum(flops, params, tokens, loss, fid, *_outside(flops, law.budgets))
+
+
+def _no_number(law: Law, flops: float) -> ConfigError:
+    return ConfigError(
+        f"law {law.name!r} has no N and D for {flops:.3g} FLOPs that a number holds",
+        cure="mend its coefficients and exponents, or give a budget nearer to those it was fitted on",
+    )
+
+
 def _head(form: str, law: Law) -> dict[str, Any]:
     return {
         "form": form,
@@ -376,6 +434,8 @@ def _head(form: str, law: Law) -> dict[str, Any]:
         "note": law.note,
         "budgets": None if law.budgets is None else list(law.budgets),
         "tokens": law.tokens,
+        "fitted_on": law.fitted_on,
+        "intervals": dict(law.intervals),
     }
 
 

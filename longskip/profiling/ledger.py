@@ -4,8 +4,12 @@
 lines past the checkpoint are superseded (they stay in the file, and in *spent*). A line covers the steps
 ``(from_step, step]``, and every commit ends an interval, so a resume never cuts through a line.
 
-A line is appended with one write. A crash can cut the last one short: readers skip such lines and count them. Write
-the line before the checkpoint's commit, then a lost line is always one that the next attempt redoes.
+A line is appended with one write. A crash can cut the last one short: readers skip such lines and count them, as they do
+with lines whose values cannot be. An attempt executes a step once: of its lines that cover the same steps (a file that was
+copied together) the first counts, the others are kept apart. Write the line before the checkpoint's commit, then a lost
+line is always one that the next attempt redoes.
+
+Wall time runs from the first step of an attempt to the last step that it logged; what lies before and behind is in no line.
 """
 
 from __future__ import annotations
@@ -13,6 +17,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
+from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -62,14 +69,23 @@ _LINE_FIELDS = {f.name for f in fields(LedgerLine)}
 _ADDED_LATER = {"communication_seconds"}
 _COUNTS = ("images", "image_tokens", "tokens", "model_flops", "hardware_flops", "six_nd")
 _INTEGERS = ("attempt", "from_step", "step", *_COUNTS, "devices")
+_SECONDS = ("seconds", "data_wait_seconds", "communication_seconds")
+MOST_COUNT = 2**100  # of any count: above the FLOPs of any training, and far below what a float cannot hold
+MOST_SECONDS = 2.0**40  # of one interval
+_MOST_SHARE = 1e6
+_LIMITS = dict.fromkeys(_SECONDS, MOST_SECONDS) | {"mfu": _MOST_SHARE, "hfu": _MOST_SHARE}
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerFile:
-    """The entries of a ledger in file order, and how many lines could not be read."""
+    """The entries of a ledger in file order, and how many lines could not be read.
+
+    ``overlapping``: lines that are in no sum, since another line of their attempt covers some of their steps already.
+    """
 
     entries: tuple[Entry, ...]
     skipped: int
+    overlapping: tuple[LedgerLine, ...] = ()
 
     @property
     def lines(self) -> tuple[LedgerLine, ...]:
@@ -151,7 +167,8 @@ def read(path: str | os.PathLike[str]) -> LedgerFile:
         return LedgerFile((), 0)
     rows, skipped = json_rows(file.read_bytes())
     entries = [entry for entry in map(_entry, rows) if entry is not None]
-    return LedgerFile(tuple(entries), skipped + len(rows) - len(entries))
+    once, overlapping = _once(entries)
+    return LedgerFile(tuple(once), skipped + len(rows) - len(entries), tuple(overlapping))
 
 
 def json_rows(data: bytes) -> tuple[list[dict[str, Any]], int]:
@@ -177,13 +194,24 @@ def json_rows(data: bytes) -> tuple[list[dict[str, Any]], int]:
 
 
 def committed_lines(entries: Iterable[Entry]) -> list[LedgerLine]:
-    """The lines that count once: those not past the step from which a later attempt resumed, in order of steps."""
+    """The lines that count once: those not past the step from which a later attempt resumed, in order of steps.
+
+    An attempt whose first line was lost resumed at the latest where its own lines begin.
+    """
     kept: list[LedgerLine] = []
+    attempt, others_end = None, 0  # the last step that another attempt's lines reach
     for entry in entries:
         if isinstance(entry, Resumed):
             kept = [line for line in kept if line.step <= entry.resumed_from]
-        else:
-            kept.append(entry)
+            attempt = None
+            continue
+        if entry.attempt != attempt:
+            attempt = entry.attempt
+            others_end = max((line.step for line in kept if line.attempt != attempt), default=0)
+        if entry.from_step < others_end:
+            kept = [line for line in kept if line.attempt == attempt or line.step <= entry.from_step]
+            others_end = entry.from_step
+        kept.append(entry)
     return kept
 
 
@@ -233,13 +261,32 @@ def _mean_over_time(pairs: Iterable[tuple[float | None, float]]) -> float | None
 
 def _object(raw: bytes) -> dict[str, Any] | None:
     try:
-        body = json.loads(raw)
+        body = json.loads(raw, )
     except ValueError:  # also UnicodeDecodeError: the line was cut or overwritten
         return None
     return body if isinstance(body, dict) else None
 
 
+def _once(entries: Iterable[Entry]) -> tuple[list[Entry], list[LedgerLine]]:
+    """The entries without lines that repeat steps of their own attempt, and those lines."""
+    kept: list[Entry] = []
+    repeated: list[LedgerLine] = []
+    covered: dict[int, list[tuple[int, int]]] = defaultdict(list)  # attempt -> its intervals, disjoint and in order
+    for entry in entries:
+        if isinstance(entry, LedgerLine):
+            mine, own = covered[entry.attempt], (entry.from_step, entry.step)
+            at = bisect_left(mine, own)
+            before = at > 0 and mine[at - 1][1] > entry.from_step
+            if before or (at < len(mine) and mine[at][0] < entry.step):
+                repeated.append(entry)
+                continue
+            insort(mine, own)
+        kept.append(entry)
+    return kept, repeated
+
+
 def _entry(body: dict[str, Any]) -> Entry | None:
+    """The line of a ledger; None for values of another kind, negative ones, no device, and counts that cannot be."""
     if "resumed_from" in body:
         if not _is_count(body.get("attempt")) or not _is_count(body["resumed_from"]):
             return None
@@ -247,16 +294,29 @@ def _entry(body: dict[str, Any]) -> Entry | None:
     body = dict.fromkeys(_ADDED_LATER) | body
     if not body.keys() >= _LINE_FIELDS or not all(_is_count(body[name]) for name in _INTEGERS):
         return None
-    if not all(_is_number(body[name]) for name in ("seconds", "data_wait_seconds")):
+    if not (body["loss"] is None or _is_number(body["loss"])) or not isinstance(body["device_name"], str):
         return None
-    if not all(body[name] is None or _is_number(body[name]) for name in ("mfu", "hfu", "loss", *_ADDED_LATER)):
+    for name, limit in _LIMITS.items():
+        if body[name] is None and name not in ("seconds", "data_wait_seconds"):
+            continue
+        if not _is_number(body[name]) or not 0 <= body[name] <= limit:
+            return None
+    if body["devices"] < 1 or body["step"] <= body["from_step"]:
         return None
     return LedgerLine(**{name: body[name] for name in _LINE_FIELDS})
 
 
+def _integer(digits: str) -> int:
+    """ValueError for what no float holds: every figure here is once divided or drawn."""
+    value = int(digits)
+    if abs(value) > sys.float_info.max:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return value
+
+
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_COUNT
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from longskip.errors import ConfigError
-from longskip.profiling.fits import LEVEL, Point
-from longskip.profiling.laws import Interval, ParametricLaw, Tokens
+from longskip.profiling.fits import LEVEL, Point, Prediction
+from longskip.profiling.laws import Interval, Optimum, ParametricLaw, Tokens
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MIN_POINTS = 8
 HUBER_DELTA = 1e-3  # arXiv 2203.15556, eq. 3
 
+_PREDICTED = ("params", "tokens", "loss")
 _CONSTANTS = ("E", "A", "alpha", "B", "beta", "params_exponent")
 
 
@@ -26,7 +27,8 @@ _CONSTANTS = ("E", "A", "alpha", "B", "beta", "params_exponent")
 class ParametricFit:
     """L(N, D) = E + A/N^α + B/D^β; ``intervals`` by names ``E A alpha B beta params_exponent``.
 
-    ``scatter`` is the root mean square of the residuals of ln L; ``starts`` how many starts were descended from.
+    ``scatter`` is the root mean square of the residuals of ln L; ``starts`` how many starts were descended from;
+    ``draws`` the laws of the resampled points.
     """
 
     law: ParametricLaw
@@ -34,6 +36,17 @@ class ParametricFit:
     scatter: float
     starts: int
     points: tuple[Point, ...]
+    draws: tuple[ParametricLaw, ...] = field(default=(), repr=False, compare=False)
+    warnings: tuple[str, ...] = ()
+
+    def predict(self, flops: float) -> Prediction:
+        """The best N, D and loss of ``flops``; intervals are percentiles over what the draws say of it. ConfigError for a
+        budget that is none."""
+        best = self.law.optimum(flops)
+        found = [one for draw in self.draws if (one := _optimum(draw, flops)) is not None]
+        if not found:
+            return Prediction(best, None, None, None)
+        return Prediction(best, *(percentiles([getattr(one, name) for one in found]) for name in _PREDICTED))
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -45,6 +58,7 @@ class ParametricFit:
             "level": LEVEL,
             "scatter": self.scatter,
             "starts": self.starts,
+            "warnings": list(self.warnings),
         }
 
 
@@ -93,20 +107,47 @@ def fit_parametric(
         if len({points[i].params for i in chosen}) >= 3 and len({points[i].tokens for i in chosen}) >= 3:
             resampled = _Parametric(x[chosen], z[chosen], y[chosen], centres=problem.centres)
             rows.append(problem.constants(resampled.descend(best, 1000)[0]))
-    tails = 100 * (1 - LEVEL) / 2
-    low, high = np.percentile(np.asarray(rows), [tails, 100 - tails], axis=0)
-    e, a, alpha, b, beta, _ = problem.constants(best)
+    intervals = {name: percentiles([row[i] for row in rows]) for i, name in enumerate(_CONSTANTS)}
     c = sorted(point.flops for point in points)
-    law = ParametricLaw(
-        "fit", "your own fit, parametric form", e, a, alpha, b, beta, budgets=(c[0], c[-1]), tokens=tokens
-    )
+    law = replace(
+        _law(problem.constants(best)), source="your own fit, parametric form", budgets=(c[0], c[-1]), tokens=tokens,
+        intervals={"level": LEVEL} | {name: list(pair) for name, pair in intervals.items()},
+    )  # fmt: skip
     return ParametricFit(
         law,
-        {name: (float(low[i]), float(high[i])) for i, name in enumerate(_CONSTANTS)},
+        intervals,
         float(np.sqrt(np.mean(problem.residuals(best) ** 2))),
         len(starts),
         points,
+        tuple(_law(row) for row in rows if _sound(row)),
     )
+
+
+def _law(constants: Sequence[float]) -> ParametricLaw:
+    e, a, alpha, b, beta = constants[:5]
+    return ParametricLaw("fit", "", e, a, alpha, b, beta)
+
+
+def percentiles(values: Sequence[float]) -> Interval:
+    """The middle 95% of the values."""
+    import numpy as np
+
+    tails = 100 * (1 - LEVEL) / 2
+    low, high = np.percentile(np.asarray(values), [tails, 100 - tails])
+    return float(low), float(high)
+
+
+def _optimum(law: ParametricLaw, flops: float) -> Optimum | None:
+    """None where the law's numbers are so far apart that its optimum is none."""
+    try:
+        return law.optimum(flops)
+    except ConfigError:
+        return None
+
+
+def _sound(constants: Sequence[float]) -> bool:
+    """Whether a law with these has an optimum: resampled points can leave one of the two exponents at nothing."""
+    return all(0 < value < float("inf") for value in constants[:5])
 
 
 class _Parametric:

@@ -11,7 +11,6 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +20,7 @@ import jinja2
 from markupsafe import Markup
 
 from longskip import __version__
-from longskip.errors import ConfigError
+from longskip.profiling import outputs
 from longskip.profiling import profile_text as words
 from longskip.profiling.profiles import Line, Profile, label
 from longskip.profiling.roofline import Bound
@@ -44,21 +43,7 @@ _MEASURES: tuple[tuple[str, str, Callable[[Line], int]], ...] = (
 
 def render_profile(found: Profile, out: str | os.PathLike[str]) -> Path:
     """Write the page to ``out``, replaced as a whole; ConfigError where that cannot be written."""
-    target = Path(out)
-    html = render_html(found)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(html, encoding="utf-8")
-        os.replace(part, target)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write {target}: {error.strerror or error}", cure="name a file in a folder of yours"
-        ) from None
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-    return target
+    return outputs.write_text(out, render_html(found))
 
 
 def render_html(found: Profile) -> str:

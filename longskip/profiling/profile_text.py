@@ -151,6 +151,7 @@ def _on_device(found: Profile) -> list[tuple[str, str]]:
     )
     mfu = "" if predicted.mfu is None else f", MFU {share(predicted.mfu)}, HFU {share(predicted.hfu)}"
     images = f"{rate(predicted.images_per_second)} images/s"
+    rest += "; processor time, not the wall clock's" if device.measured else ""
     return [*rows, ("predicted step", f"{seconds(predicted.seconds)}, {images}{mfu}; one device, {rest}")]
 
 

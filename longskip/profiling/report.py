@@ -24,7 +24,7 @@ from PIL import Image
 
 from longskip import __version__
 from longskip.errors import RunFolderError
-from longskip.profiling import reportdata, units
+from longskip.profiling import outputs, reportdata, units
 from longskip.profiling.ledger import Resumed
 from longskip.profiling.runlog import RunLog, SampleGrid
 
@@ -39,21 +39,14 @@ def render_report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike
 
     Several runs are laid over one another in the charts and side by side in the tables. ``out`` is by default
     ``report.html`` in the run's folder, for several runs in the current one. The file is replaced as a whole.
-    RunFolderError when there is no run, or a folder is none.
+    RunFolderError when there is no run, or a folder is none; ConfigError when the file cannot be written.
     """
     if not runs:
         raise RunFolderError("a report needs at least 1 run, got 0", cure="name a run folder")
     logs = [RunLog.open(run) for run in runs]
     target = Path(out) if out is not None else (logs[0].path if len(logs) == 1 else Path()) / "report.html"
     html = render_html(logs)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        part.write_text(html, encoding="utf-8")
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
-    return target
+    return outputs.write_text(target, html)
 
 
 def render_html(logs: Sequence[RunLog]) -> str:
@@ -102,6 +95,7 @@ def _run(log: RunLog, name: str, differing: set[str]) -> dict[str, Any]:
         "sums": log.sums,
         "resumed": any(isinstance(entry, Resumed) and entry.resumed_from for entry in log.ledger.entries),
         "skipped": {**log.skipped_lines, "ledger.jsonl": log.ledger.skipped},
+        "overlapping": len(log.ledger.overlapping),
         "grids": [grid for item in _shown(log.samples) if (grid := _grid(item))],
         "grids_left_out": max(0, len(log.samples) - MAX_GRIDS),
         "judged": judged,

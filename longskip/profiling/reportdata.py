@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,11 +93,11 @@ def headline(log: RunLog) -> list[Figure]:
     else:
         tokens_per_second = f"{units.rate(committed.tokens_per_second)} tokens/s"
         figures += [
-            Figure("Wall time", units.duration(spent.seconds), "everything executed"),
+            Figure("Wall time", units.duration(spent.seconds), "everything executed, first step to last logged one"),
             Figure("Images per second", units.rate(committed.images_per_second), tokens_per_second),
             Figure("Data wait", units.share(committed.data_wait_share), "of the wall time"),
             Figure("Communication", units.share(committed.communication_share), _communication_note(committed)),
-            Figure("Goodput", units.share(log.sums.goodput), "of the time spent was kept"),
+            Figure("Goodput", units.share(log.sums.goodput), "of the wall time was kept"),
         ]
     return [*figures, _mfu(log, committed)]
 
@@ -397,9 +398,9 @@ def _mapping(value: object) -> dict[str, Any]:
 
 
 def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return value
+    return value if abs(value) <= sys.float_info.max else None  # an integer may be beyond every float
 
 
 def _short(value: float) -> float:

@@ -45,6 +45,7 @@ def test_numbers_as_yaml_text(tmp_path: Path) -> None:
         ("{[1, 2]: 3}", ["no text"]),
         ("train: {name: 2024-99-99}", ["not valid YAML"]),
         ("deepspeed: {zero_stage: 4}", ["deepspeed.zero_stage", "4"]),
+        ("engine: {ema_device: cuda:7}", ["engine.ema_device", "cuda:7", "device", "cpu"]),
         ("model: {preset: uvit-shape}", ["uvit-shape", "uvit-shapes"]),
         ("model: {preset: uvit-h2-imagenet256, resolution: 32, patch: 2}", ["uvit-h2-imagenet256", "classes"]),
         ("model: {resolution: 33}", ["33x33", "patch 8"]),

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -45,6 +46,21 @@ def train_and_tell(config: Config, run: Path) -> int:
 
     Job.step = step  # type: ignore[method-assign]
     return train(config, run)
+
+
+def train_with_ballast(config: Config, run: Path) -> int:
+    """``train`` on ranks of which rank R holds R × 256 MiB more; each writes its resident bytes after every step."""
+    from longskip.engine.trainer import train
+
+    ballast, plain, rank = b"x" * (int(os.environ["RANK"]) << 28), Job.log, os.environ["RANK"]
+
+    def log(self: Job) -> None:
+        Path(f"{run}.resident-{rank}").write_text(str(psutil.Process().memory_info().rss))
+        plain(self)
+
+    Job.log = log  # type: ignore[method-assign]
+    code = train(config, run)
+    return code if len(ballast) == int(rank) << 28 else 1
 
 
 def samples_of(run: Path) -> dict[int, list[int]]:
@@ -90,8 +106,20 @@ def test_auto_takes_the_saved_stage_on_a_resume(shapes: Path, tmp_path: Path) ->
     assert run_ranks(2, train_and_tell, config_of(shapes, 10, "auto"), run) == [0, 0]
     assert checkpoint.read_manifest(run / "checkpoints" / "step-00000010")["zero_stage"] == 2
     fresh = tmp_path / "fresh"
-    assert run_ranks(2, train_and_tell, config_of(shapes, 5, "auto"), fresh) == [0, 0]
+    assert run_ranks(2, train_with_ballast, config_of(shapes, 5, "auto"), fresh) == [0, 0]
     assert checkpoint.read_manifest(fresh / "checkpoints" / "step-00000005")["zero_stage"] == 0
+    check_memory(fresh)
+
+
+def check_memory(run: Path) -> None:
+    """The metrics tell each rank's own peak, near what the operating system says that it holds."""
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    peaks = line["memory/per_rank(GiB)"]
+    resident = [int(Path(f"{run}.resident-{rank}").read_text()) / 2**30 for rank in range(2)]
+    assert len(peaks) == 2 and line["memory/max_rss(GiB)"] == max(peaks)
+    assert 0.2 < peaks[1] - peaks[0] < 0.3  # a quarter of a GiB
+    for peak, held in zip(peaks, resident, strict=True):
+        assert 0.98 * held <= peak <= 1.2 * held, (peaks, resident)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from longskip.engine import checkpoint
 from longskip.engine.config import Config
 from longskip.engine.data.pack import write_shards
 from longskip.engine.data.shapes import write_shapes
+from longskip.engine.data.sources import open_source
 from longskip.errors import ConfigError
 from tests.engine.test_resume import assert_same_run
 from tests.engine.test_training import losses
@@ -71,13 +74,31 @@ def test_buckets_train_resume_and_cost_exactly(mixed_aspects: Path, tmp_path: Pa
     assert next(line for line in lines if "validation/loss" in line)["validation/samples"] == 24
 
 
-def test_a_mix_trains_and_its_data_are_its_identity(shapes: Path, tmp_path: Path) -> None:
+def test_a_mix_trains_and_its_data_are_its_identity(
+    shapes: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     write_shapes(tmp_path / "two", 60, seed=5, objects=2)
-    mix = [{"path": str(shapes / "train"), "weight": 3}, {"path": str(tmp_path / "two"), "weight": 1}]
-    groups = {"data": {"path": "", "mix": mix, "validation": None}, "encoders": {"text": {"n_tokens": 32}}}
-    config = small_config(shapes, train={"steps": 4}, checkpoint={"every": 4}, **groups)
-    assert train_ranks(2, config, tmp_path / "run") == [0, 0]
-    assert len(losses(tmp_path / "run")) == 4
+
+    def mixed(*weights: int, steps: int = 4) -> Config:
+        paths = (shapes / "train", tmp_path / "two")
+        mix = [{"path": str(path), "weight": weight} for path, weight in zip(paths, weights, strict=True)]
+        groups = {"data": {"path": "", "mix": mix, "validation": None}, "encoders": {"text": {"n_tokens": 32}}}
+        return small_config(shapes, train={"steps": steps}, checkpoint={"every": 4}, **groups)
+
+    run = tmp_path / "run"
+    assert train_ranks(2, mixed(3, 1), run) == [0, 0]
+    assert len(losses(run)) == 4
+    own = json.loads((run / "run.json").read_text())["data"]
+    members = [open_source(str(path)).fingerprint() for path in (shapes / "train", tmp_path / "two")]
+    identity = hashlib.sha256(json.dumps([[members[0], 3], [members[1], 1]]).encode()).hexdigest()
+    assert own == {"samples": 360, "fingerprint": identity}
+    assert train_ranks(1, mixed(1, 1, steps=5), run) == [2]
+    assert "RunMismatchError" in (said := capfd.readouterr().out) and "data.mix" in said
+    shutil.rmtree(tmp_path / "two")
+    write_shapes(tmp_path / "two", 60, seed=6, objects=2)  # as many others in the same place
+    assert train_ranks(1, mixed(3, 1, steps=5), run) == [2]
+    assert "RunMismatchError" in (said := capfd.readouterr().out) and "is not the data that" in said
+    assert json.loads((run / "run.json").read_text())["data"] == own and len(losses(run)) == 4
 
 
 def test_windows_train_the_same_whatever_the_ranks(mixed_aspects: Path, tmp_path: Path) -> None:

@@ -99,7 +99,13 @@ def test_report_across_runs_with_a_plot(budget, in_tmp: Path) -> None:
         file.write('{"attempt": 1, "from')
     said = budget("report", "a", "b[bold]", "--out", "out")
     assert said.code == 0, said.err
-    for words in ("total", "b[bold]", "1 line(s) of the ledger were cut", "unknown: no rated power", "out/budget.png"):
+    for words in (
+        "total",
+        "b[bold]",
+        "1 line(s) of the ledger were unreadable or cut",
+        "unknown: no rated power",
+        "out/budget.png",
+    ):
         assert words in said.out, words
     assert "…" not in said.out  # no number is cut on a narrow terminal
     with Image.open("out/budget.png") as image:
@@ -131,7 +137,8 @@ def test_plan_is_the_published_one(budget) -> None:
     assert plan["candidates"][0]["name"] == "custom" and 0.97 < plan["candidates"][0]["off"] < 1.03
     assert plan["device_hours"] is None and plan["hardware"] is None
     said = budget("plan", "--flops", "1.5e21").out
-    assert "956 M" in said and "FID 25.0" in said and "extrapolation: 250×" in said and "model.width=" in said
+    assert "≈ 960 M" in said and "loss ≈ 0.63, FID ≈ 25;" in said and "extrapolation: 250×" in said
+    assert "model.width=" in said
     assert "…" not in said
 
 
@@ -146,6 +153,68 @@ def test_plan_by_gpu_hours(budget) -> None:
     assert plan["energy_kwh"] == pytest.approx(5 * h200.watts)
     said = budget("plan", *hours).out
     assert "language model" in said and "no price given" in said and "5,000 GPU-hours" in said
+    assert "on 8 (assumed; --gpus says another number)" in said and "2404.10102" in said
+    paid = budget("plan", *hours, "--gpus", "64", "--price", "2", "--currency", "EUR").out
+    assert "10,000 EUR" in paid and "assumed" not in paid and " 64 " in paid and " cost" not in paid and "÷ C" in paid
+
+
+def test_plan_without_an_mfu_says_what_is_missing(budget) -> None:
+    said = budget("plan", "--flops", "1e21", "--gpu", "h200", "--gpus", "64")
+    assert said.code == 0 and "N_opt" in said.out and "H200: no hours, days, money and energy" in said.out
+    assert said.out.count("--mfu") == 1 and "GPU-hours of" not in said.out
+    body = json.loads(budget("plan", "--flops", "1e21", "--gpu", "h200", "--json").out)
+    assert body["hardware"]["mfu"] is None and body["days"] is None and body["hardware"]["gpus_assumed"]
+    assert any("--mfu" in note for note in body["notes"])
+
+
+def test_plan_claims_little_far_outside(budget) -> None:
+    said = budget("plan", "--flops", "1e24").out
+    assert "loss ≈ 0.53, FID ≈ 5.5; extrapolation: 170,000× above" in said and "e+0" not in said
+    assert "≈ 0.94 by compute (extrapolation: 684×), 0.865 by params" in said and "UNets at 256²" in said
+    assert "fitted on rectified-flow loss and FID by CLIP features, 108M" in said
+    near = budget("plan", "--flops", "6e18").out
+    assert "loss 0.7354, FID 91.1; inside" in near and "N_opt 41.5 M" in near
+    assert "≈ 0.74 by compute (extrapolation: 42.9×), 0.802 by params (extrapolation: 10.2×)" in near
+
+
+def test_the_lines_of_the_readme_run(budget, in_tmp: Path) -> None:
+    write_run(in_tmp / "runs" / "RUN", small_spec())
+    write_csv(in_tmp / "trainings.csv")
+    text = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    lines = re.findall(r"^longskip budget (.+?)\s+#", text, re.MULTILINE)
+    assert len(lines) == 3
+    for line in lines:
+        said = budget(*line.replace("…", "").split())
+        assert said.code == 0, (line, said.err)
+        assert "no hours" not in said.out
+
+
+def test_a_run_that_is_named_twice_is_refused(budget, in_tmp: Path) -> None:
+    write_run(in_tmp / "runs" / "tiny", small_spec())
+    (in_tmp / "alias").symlink_to(in_tmp / "runs" / "tiny")
+    for command in ("report", "fit"):
+        for other in ("tiny", "runs/tiny", "alias"):
+            said = budget(command, "tiny", other)
+            assert said.code == 2 and f"tiny and {other} are one run" in said.err and not said.out
+
+
+def test_what_the_times_do_not_hold_is_said(budget, in_tmp: Path) -> None:
+    for name in ("a", "b"):
+        write_run(in_tmp / "runs" / name, small_spec())
+    for names in (("a",), ("a", "b")):
+        said = budget("report", *names).out
+        assert said.count("from the first step of each attempt to the last logged one") == 1
+    assert "last logged" in json.loads(budget("report", "a", "--json").out)["covers"]
+
+
+def test_output_that_is_a_file_is_refused(budget, in_tmp: Path) -> None:
+    write_run(in_tmp / "runs" / "a", small_spec())
+    csv = write_csv(in_tmp / "points.csv")
+    before = csv.read_bytes()
+    for arguments in (("report", "a"), ("fit", "points.csv")):
+        said = budget(*arguments, "--out", "points.csv")
+        assert said.code == 2 and "points.csv is a file" in said.err and "cure:" in said.err and not said.out
+    assert csv.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -158,10 +227,17 @@ def test_plan_by_gpu_hours(budget) -> None:
         ("--flops 1e999", "not positive"),
         ("--flops lots", "'lots' is not a number"),
         ("--flops 1e21 --gpu h20 --mfu 0.4", "did you mean 'h200'"),
-        ("--flops 1e21 --gpu h200", "without --mfu"),
         ("--flops 1e21 --gpu h200 --mfu 45", "45% is --mfu 0.45"),
         ("--flops 1e21 --gpu h200 --mfu 0.4 --precision bf15", "bf15"),
         ("--gpu-hours 5", "without --gpu"),
+        ("--gpu-hours 5 --gpu h200", "--gpu-hours without --mfu"),
+        ("--flops 1e21 --gpus 4", "--gpus without --gpu"),
+        ("--flops 1e21 --price 3", "--price without --gpu"),
+        ("--flops 1e21 --watts 3", "--watts without --gpu"),
+        ("--flops 1e21 --precision fp16", "--precision without --gpu"),
+        ("--flops 1e21 --hardware nope.yaml", "--hardware without --gpu"),
+        ("--flops 1e21 --gpu h200 --mfu 0.4 --price inf", "price inf is not between"),
+        ("--flops 1e21 --gpu h200 --mfu 0.4 --watts 1e300", "watts 1e+300 is not between"),
         ("--gpu-hours -5 --gpu h200 --mfu 0.4", "--gpu-hours -5"),
         ("--flops 1e21 --law chinchila", "did you mean 'chinchilla'"),
         ("--flops 1e21 --law none.json", "does not exist"),
@@ -179,7 +255,7 @@ def test_fit_of_a_csv_then_a_plan_by_it(budget, in_tmp: Path) -> None:
     write_csv(in_tmp / "points.csv")
     said = budget("fit", "points.csv", "--tokens", "image", "--out", "fit")
     assert said.code == 0 and "0.5681" in said.out and "0.4319" in said.out and "-0.0273" in said.out
-    assert "10× beyond" in said.out
+    assert "10× beyond" in said.out and "warning" not in said.out
     for name in ("isoflop.png", "power-laws.png"):
         with Image.open(Path("fit") / name) as image:
             image.load()
@@ -188,13 +264,40 @@ def test_fit_of_a_csv_then_a_plan_by_it(budget, in_tmp: Path) -> None:
     assert [base64.b64decode(text) for text in pictures] == [
         Path("fit", name).read_bytes() for name in ("isoflop.png", "power-laws.png")
     ]
+    assert "Segoe UI" in page.split("</style>")[0] and "&#34;" not in page.split("</style>")[0]
     assert "0.5681" in page and not re.search(r"(src|href)=\"(?!data:)", page) and "<script" not in page
     mine = json.loads(budget("plan", "--flops", "1.5e21", "--law", "fit/law.json", "--json").out)
     known = json.loads(budget("plan", "--flops", "1.5e21", "--json").out)
     assert mine["optimum"]["params"] == pytest.approx(known["optimum"]["params"], rel=1e-4)
     assert mine["optimum"]["extrapolation"] == pytest.approx(250) and mine["law"]["tokens"] == "image"
     body = json.loads(budget("fit", "points.csv", "--tokens", "image", "--json").out)
-    assert body["law"] == json.loads(Path("fit/law.json").read_text()) and len(body["minima"]) == 6
+    law = json.loads(Path("fit/law.json").read_text())
+    assert body["law"] == law and len(body["minima"]) == 6 and law["fitted_on"] == "30 trainings from points.csv"
+    low, high = law["intervals"]["params"]["exponent"]
+    assert low <= law["params"]["exponent"] <= high
+    assert [one["extrapolation"] for one in law["intervals"]["at"]] == pytest.approx([1, 1, 10, 100])
+    for one in law["intervals"]["at"]:
+        for name in ("params", "tokens", "loss"):
+            low, high = one[f"{name}_interval"]
+            assert low * (1 - 1e-9) <= one[name] <= high * (1 + 1e-9)
+    assert "fitted on 30 trainings from points.csv" in budget("plan", "--flops", "1e19", "--law", "fit/law.json").out
+
+
+def test_fit_warns_of_other_units_and_of_a_loss_that_flattens(budget, in_tmp: Path) -> None:
+    rows = []
+    for flops in (1e17, 1e18, 1e19, 1e20):
+        best = SURFACE.optimum(flops)
+        for factor in (0.4, 0.63, 1.0, 1.6, 2.5):
+            n = best.params * factor
+            rows.append(f"{flops / 1e9!r},{n!r},{flops / 6 / n!r},{SURFACE.loss(n, flops / 6 / n)!r}")
+    (in_tmp / "bent.csv").write_text("flops,params,tokens,loss\n" + "\n".join(rows) + "\n")
+    said = budget("fit", "bent.csv", "--out", "fit")
+    assert said.code == 0 and "warning: flops ÷ (6·params·tokens) is 1e-09 in 20 of 20 rows" in said.out
+    assert "warning: loss does not lie on a straight line" in said.out and "--form parametric" in said.out
+    warnings = json.loads(Path("fit/fit.json").read_text())["warnings"]
+    page = Path("fit/index.html").read_text("utf-8")
+    assert len(warnings) == 2 and all(warning[:40] in page for warning in warnings)
+    assert json.loads(budget("fit", "bent.csv", "--form", "parametric", "--json").out)["warnings"] == warnings[:1]
 
 
 def test_fit_of_runs(budget, in_tmp: Path) -> None:

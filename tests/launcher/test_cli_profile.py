@@ -18,6 +18,7 @@ from longskip.engine.profiled import subject_of
 from longskip.errors import ConfigError, EncoderError
 from longskip.launcher.cli import main
 from longskip.models.presets import PRESETS
+from longskip.profiling import efficiency
 from longskip.profiling.encoder_costs import encoder_cost
 from tests.figures import figure
 
@@ -154,11 +155,34 @@ def test_all_presets(longskip: Any, tmp_path: Path) -> None:
         (("missing.yaml",), "no configuration at"),
         (("uvit-8b", "--csv", "/dev/null/x.csv"), "cannot write"),
         (("uvit-8b", "--hardware", "missing.yaml", "--gpu", "h200"), "no hardware table"),
+        (("uvit-8b", "--hardware", "missing.yaml"), "--hardware without --gpu"),
+        (("uvit-8b", "--encoders", "what"), "--encoders 'what': a preset has no frozen encoders (uvit-8b)"),
+        (("uvit-8b", "--encoders", "online"), "a preset has no frozen encoders"),
+        (("--all", "--encoders", "stored"), "a preset has no frozen encoders"),
+        (("uvit-8b", "--html", "/"), "cannot write"),
+        (("uvit-8b", "--csv", "/"), "cannot write"),
     ],
 )
 def test_what_cannot_be_is_refused(longskip: Any, arguments: tuple[str, ...], message: str) -> None:
     said = longskip("profile", *arguments)
     assert said.code == 2 and message in said.err and not said.out
+
+
+def test_what_a_device_cannot_predict_is_said_before_the_table(longskip: Any, tmp_path: Path) -> None:
+    """A device without a rate for the precision, and with a damaged file of measured efficiencies."""
+    table = tmp_path / "mine.yaml"
+    table.write_text(
+        "devices:\n  - {name: Mine, teraflops: {fp32: 1}, memory_gb: 8, bandwidth_gb_s: 100, source: test}\n"
+    )
+    page = tmp_path / "page.html"
+    said = longskip("profile", "uvit-tiny", "--hardware", table, "--gpu", "mine", "--precision", "fp16", "--html", page)
+    assert said.code == 2 and "'fp16' has no peak for Mine" in said.err and not said.out and not page.exists()
+    assert longskip("profile", "uvit-tiny", "--hardware", table, "--gpu", "mine", "--precision", "fp32").code == 0
+    saved = efficiency.cache_folder() / efficiency.file_name("H200", "bf16")
+    saved.parent.mkdir(parents=True, exist_ok=True)
+    saved.write_text('{"device": "H200", "entries": [{}]}')
+    said = longskip("profile", "uvit-tiny", "--gpu", "h200", "--html", page)
+    assert said.code == 2 and "is damaged" in said.err and not said.out and not page.exists()
 
 
 # --- configurations ---------------------------------------------------------------------------------------------------

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from longskip.engine import partition
 from longskip.engine.config import Config
 from longskip.engine.costs import few_image_tokens
 from longskip.engine.data.encode import encode_shards
@@ -55,6 +57,36 @@ def test_gib_of_a_large_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     config = small_config(tmp_path, model={"preset": "uvit-0.3b", "resolution": 256}, encoders={"vae": {"kind": "vae"}})
     last = shown(capsys, config, tmp_path / "run", 1)[-1]
     assert "GiB a rank" in last and "gathered" in last and "MiB, activations" in last
+
+
+@pytest.mark.parametrize(("dtype", "weight", "states"), [("fp32", 4, 12), ("bf16", 2, 16)])
+def test_the_bytes_of_all_shards_add_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str, weight: int, states: int
+) -> None:
+    """Every line of every rank, its sum, and all ranks' sum; one line by hand."""
+    config = small_config(tmp_path, train={"dtype": dtype}, encoders={"text": {"vocabulary": 400}})
+    lines = shown(capsys, config, tmp_path / "run", 2)
+    each = weight + states
+    begin = lines.index(f"shards of 2 ranks; bytes: {weight} of weight + {states} of fp32 states per element")
+    # The embedding's weights are 64 × 192 for patches and 64 × 64 for text, together 16,384; rank 0 has half of them.
+    by_hand = {"fp32": "131,072", "bf16": "147,456"}[dtype]
+    assert lines[begin + 2] == f"  backbone.embed.patch.weight  64×192  [0 : 8,192]  {by_hand} bytes"
+    totals: list[list[int]] = []
+    found: dict[int, list[tuple[str, int]]] = {}
+    for text in lines[begin + 1 : lines.index("", begin)]:
+        if text.startswith("rank "):
+            totals.append([int(n) for n in re.findall(r"\d+", text.replace(",", ""))[1:]])
+        else:
+            found.setdefault(len(totals) - 1, []).append((text.split()[0], int(text.split()[-2].replace(",", ""))))
+    for rank, (elements, bytes_, slices) in enumerate(totals):
+        mine = [shard for shard in partition.shards(config, 400, 2) if shard.rank == rank]
+        assert found[rank] == [(shard.name, shard.numel * each) for shard in mine]
+        assert (elements, slices) == (sum(shard.numel for shard in mine), len(mine))
+        assert bytes_ == elements * each == sum(size for _, size in found[rank])
+    text_encoder = config.text_encoder(400)
+    assert text_encoder is not None
+    n_parameters = config.backbone().param_counts().total + text_encoder.param_counts().total
+    assert sum(bytes_ for _, bytes_, _ in totals) == n_parameters * each
 
 
 @pytest.fixture(scope="module")

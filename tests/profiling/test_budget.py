@@ -13,8 +13,9 @@ from longskip.errors import ConfigError, LongskipError
 from longskip.models.presets import PRESETS
 from longskip.models.specs import UViTSpec
 from longskip.profiling.budget import run_budget, total
-from longskip.profiling.budget_plan import Hardware, latents, make_plan, nearest_presets, shape_for
-from longskip.profiling.fitdata import params_of, read_csv, read_runs, smoothed
+from longskip.profiling.budget_plan import NO_MFU, Hardware, latents, make_plan, nearest_presets, shape_for
+from longskip.profiling.fitdata import params_of, read_csv, read_runs, smoothed, units_warning
+from longskip.profiling.fits import Point
 from longskip.profiling.hardware import find
 from longskip.profiling.laws import CHINCHILLA, DIT_IN_CONTEXT
 from longskip.profiling.ledger import append, read
@@ -92,9 +93,11 @@ def test_an_unknown_device_has_no_energy_unless_its_power_is_given(tmp_path: Pat
     sums = total([budget, budget_of(folder, watts=200, price=1)])
     assert sums["energy_kwh"] is None and sums["money"] is None
     assert sums["device_hours"]["spent"] == pytest.approx(2 * budget.amounts["device_hours"].spent)
-    for bad in (-1.0, float("nan")):
+    for bad in (-1.0, float("nan"), float("inf"), 1e300):
         with pytest.raises(ConfigError, match="price"):
             budget_of(folder, price=bad)
+        with pytest.raises(ConfigError, match="watts"):
+            budget_of(folder, watts=bad)
 
 
 def test_accounts_of_a_run_are_those_of_its_images(tmp_path: Path) -> None:
@@ -121,7 +124,7 @@ def test_lines_cut_by_a_crash_are_counted_and_the_rest_is_read(tmp_path: Path) -
     (folder / "ledger.jsonl").write_bytes(raw + b'{"attempt": 1, "from_step": 40, "st')
     after = budget_of(folder)
     assert (before.skipped_lines, after.skipped_lines) == (0, 1) and after.amounts == before.amounts
-    assert any("1 line(s)" in note and "crash" in note for note in after.notes)
+    assert any("1 line(s)" in note and "unreadable or cut" in note for note in after.notes)
     lines = raw.splitlines(keepends=True)
     (folder / "ledger.jsonl").write_bytes(b"".join([*lines[:2], lines[2][:40] + b"\n", *lines[3:]]))
     hole = budget_of(folder)
@@ -182,6 +185,32 @@ def test_a_ledger_that_holds_no_6nd_or_nothing_is_refused(tmp_path: Path) -> Non
     (whole / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in odd))
     with pytest.raises(ConfigError, match="does not hold 6·N·D"):
         budget_of(whole)
+
+
+def test_doubled_lines_count_once_and_are_named(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", SPEC)
+    before = budget_of(folder)
+    lines = (folder / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "ledger.jsonl").write_bytes(b"".join([*lines, lines[2]]))
+    after = budget_of(folder)
+    assert after.amounts == before.amounts and after.goodput == 1 and after.missing_steps == 0
+    assert after.overlapping_lines == 1
+    assert any("1 line(s)" in note and "overlap" in note and "steps 10 to 20" in note for note in after.notes)
+
+
+def test_no_number_of_a_damaged_run_is_more_than_a_float_holds(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", SPEC, info={"params_token": 10**400})
+    rows = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    damaged = [{"model_flops": 10**400}, {"seconds": -5}, {"devices": 0}]
+    extra = [rows[-1] | {"from_step": 40, "step": 50} | damage for damage in damaged]
+    (folder / "config.yaml").write_text(f"budget: {{price_per_device_hour: {10**400}}}")
+    (folder / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + extra))
+    budget = budget_of(folder)
+    assert budget.skipped_lines == 3 and budget.amounts["steps"].spent == 40 and budget.money is None
+    assert budget.params_token is None and budget.goodput == 1
+    (folder / "config.yaml").write_text("budget: {price_per_device_hour: -3}")
+    with pytest.raises(ConfigError, match="price_per_device_hour -3"):
+        budget_of(folder)
 
 
 # -- points for fits ---------------------------------------------------------------------------------------------------
@@ -264,15 +293,27 @@ def test_a_csv_and_what_is_wrong_with_it(tmp_path: Path) -> None:
         ("params,tokens,loss,flops\n1,1,1,1\n1,1,nan,1\n", "line 3: loss = 'nan'"),
         ("params,tokens,loss,flops\n1,-1,1,1\n", "line 2: tokens = '-1'"),
         ("params,tokens,loss,flops\n1,1,1\n", "line 2: flops = None"),
+        ("params,tokens,loss,flops\n1,1,1,6\n1,000,1,1,6\n", "line 3: 5 values under 4 columns"),
     ):
         file.write_text(text)
         with pytest.raises(ConfigError, match=said):
             read_csv(file)
+    file.write_text("params,tokens,loss,flops\n1,1,1,6,, \n")  # empty cells at the end, as tables leave them
+    assert read_csv(file)[0].flops == 6
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="cannot be read"):
         read_csv(file)
     with pytest.raises(ConfigError, match="does not exist"):
         read_csv(tmp_path / "none.csv")
+
+
+def test_columns_in_other_units_are_told_with_the_factor() -> None:
+    def points(*factors: float) -> list[Point]:
+        return [Point(6e15 * f, 1e6, 1e9, 1.0, f"rows.csv:{i}") for i, f in enumerate(factors, 2)]
+
+    assert units_warning(points(0.5, 1.0, 3.0)) is None
+    assert "is 1e-09 in 3 of 3 rows (the first is rows.csv:2)" in units_warning(points(1e-9, 1e-9, 1.1e-9))
+    assert "is 3.1 in 1 of 3 rows (the first is rows.csv:4)" in units_warning(points(1.0, 1.0, 3.1))
 
 
 # -- plans -------------------------------------------------------------------------------------------------------------
@@ -328,6 +369,13 @@ def test_hours_days_money_and_energy_of_a_plan() -> None:
     plan = make_plan(flops, DIT_IN_CONTEXT, hardware=unknown)
     assert plan.energy_kwh is None and any("energy unknown" in note for note in plan.notes)
     assert make_plan(flops, DIT_IN_CONTEXT).device_hours is None
+    plan = make_plan(flops, DIT_IN_CONTEXT, hardware=replace(on, mfu=None), price=2.5, currency="EUR")
+    assert (plan.device_hours, plan.days, plan.money, plan.energy_kwh) == (None, None, None, None)
+    assert NO_MFU in plan.notes and plan.currency == "EUR" and plan.optimum.params > 0
+    for option in ("price", "watts"):
+        for bad in (-1.0, float("inf"), float("nan"), 1e300):
+            with pytest.raises(ConfigError, match=option):
+                make_plan(flops, DIT_IN_CONTEXT, hardware=on, **{option: bad})
 
 
 def test_notes_of_a_plan_say_where_the_law_was_fitted() -> None:

@@ -88,7 +88,7 @@ def test_seconds_are_the_medians_of_the_rounds_and_costs_the_declared_ones(monke
     sizes = linear().sizes
     assert forward.cost == FORMULAS["linear"].forward(**sizes)
     assert backward.cost == FORMULAS["linear"].backward(**sizes)  # type: ignore[misc]
-    assert (table.device, table.dtype, table.about) == ("here", "fp32", {"commit": "abc"})
+    assert (table.device, table.dtype, table.about["commit"]) == ("here", "fp32", "abc")
 
 
 def test_equal_calls_are_timed_once_and_a_missing_gradient_is_another_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +124,10 @@ def test_overhead_is_what_the_smallest_models_step_takes_beside_its_ops(monkeypa
     overhead = found.result("here").overhead
     assert overhead["forward"] == {"cpu": pytest.approx((10 - 3) / 3), "wall": pytest.approx(2 * (10 - 3) / 3)}
     assert overhead["backward"] == {"cpu": 0.0, "wall": 0.0}  # the fake backward takes no time: never below 0
+    notes = found.result("here").about["notes"]
+    assert [note for note in notes if "overhead 0" in note] == [
+        "backward: the smallest model's ops took longer by themselves than its step, overhead 0"
+    ]
     assert {entry.sizes["rows"] for entry in found.result("here").entries} == {8}  # only what was asked for
 
 
@@ -139,6 +143,40 @@ def test_the_engines_start_is_no_part_of_a_backward(monkeypatch: pytest.MonkeyPa
     found = Calibration([linear()], read=clock.read)
     found.round()
     assert found.result("here").entries[1].cpu == 5
+
+
+def started_by(clock: Faked, monkeypatch: pytest.MonkeyPatch, starts: list[float]) -> None:
+    """Every backward, that of the bare view too, takes one of ``starts`` seconds more, the last of them for ever."""
+    plain, left = torch.autograd.grad, iter(starts)
+
+    def started(*args: Any, **kwargs: Any) -> Any:
+        clock.now += next(left, starts[-1])
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", started)
+
+
+def test_a_backward_that_drowns_in_the_engines_start_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Faked(monkeypatch, [1], [0.01])  # 1% of what is read: no floor stands in for it
+    started_by(clock, monkeypatch, [2.0])
+    found = Calibration([linear(), linear(16)], read=clock.read)
+    found.round()
+    table = found.result("here", {"commit": "abc"})
+    assert [(entry.sizes["rows"], entry.direction) for entry in table.entries] == [(8, "forward"), (16, "forward")]
+    lost = [note for note in table.about["notes"] if "left out" in note]
+    assert len(lost) == 2 and lost[0].startswith("linear rows=8 width=4 out=2 bias=1 backward: not told from")
+    assert table.about["commit"] == "abc"
+
+
+def test_a_lost_backward_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Faked(monkeypatch, [1], [5])
+    # Two calls of warm-up; then the start took long where it is subtracted, and not any more in the turns that follow.
+    started_by(clock, monkeypatch, [0, 0, 0, 0, 6, 0, 0])
+    found = Calibration([linear()], read=clock.read)
+    warm = clock.calls
+    found.round()
+    assert clock.calls - warm == 2  # one more turn: the median of -1 and 5 is told
+    assert found.result("here").entries[1].cpu == 2 and not any("left" in n for n in found.notes())
 
 
 def test_the_optimizer_is_timed_on_the_tensors_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,14 +117,28 @@ def test_figures_known_from_the_datasheets() -> None:
     a100, h100, h200, gb200 = (find(name) for name in ("a100-80gb", "h100", "h200", "gb200"))
     assert (a100.peak("bf16"), a100.peak("tf32"), a100.bandwidth) == (312 * 10**12, 156 * 10**12, 2039 * 10**9)
     assert 2 * h100.peak("bf16") == 1979 * 10**12  # the sheet prints it with sparsity
-    assert h200.peak_flops == h100.peak_flops and h200.memory == 141 * 10**9
+    assert h200.peak_flops == h100.peak_flops and h200.sold == 141 * 10**9
     # Links are printed as the sum of both directions: 600, 900, 900 and 1,800 GB/s.
     assert [2 * device.link for device in (a100, h100, h200, gb200)] == [n * 10**9 for n in (600, 900, 900, 1800)]  # type: ignore[operator]
     # A rack of 72: 360 PFLOP/s of bf16 with sparsity, 130 TB/s of NVLink (rounded up from 129.6), 576 TB/s, 13.4 TB.
     assert 2 * 72 * gb200.peak("bf16") == 360 * 10**15 and 72 * gb200.bandwidth == 576 * 10**12
-    assert 72 * 2 * gb200.link == 129_600 * 10**9 and round(72 * gb200.memory / 10**11) == 134  # type: ignore[operator]
+    assert 72 * 2 * gb200.link == 129_600 * 10**9 and round(72 * gb200.sold / 10**11) == 134  # type: ignore[operator]
     # Seven links of 128 GB/s in both directions together.
     assert 2 * find("mi300x").link == 7 * 128 * 10**9  # type: ignore[operator]
+
+
+def test_memory_is_what_drivers_report_and_the_source_says_so() -> None:
+    reported = {
+        "a100-40gb": 40_960, "a100-80gb": 81_920, "a100-pcie": 81_920, "h100": 81_559, "h100-pcie": 81_559,
+        "h200": 143_771, "b200": 183_359, "gb200": 189_471, "l40s": 46_068, "rtx4090": 24_564,
+    }  # fmt: skip
+    for device in DEVICES:
+        if device.short in reported:
+            assert device.memory == reported[device.short] << 20
+            assert f"nvidia-smi reports {reported[device.short]:,} MiB" in device.source
+        assert "reports" in device.source and abs(device.memory / device.sold - 1) < 0.08
+        assert device.host_link in (32 * 10**9, 64 * 10**9, 225 * 10**9)
+    assert find("mi300x").memory == 206_141_652_992 and "206,141,652,992 B" in find("mi300x").source
 
 
 def test_dtype_spellings() -> None:
@@ -182,6 +196,10 @@ def test_a_users_row_is_found_by_every_name_and_gives_an_mfu(tmp_path: Path) -> 
     assert find("rtx6000ada") == find("RTX 6000 Ada") == found
     assert (found.peak("bf16"), found.memory, found.bandwidth) == (364_200_000_000_000, 48 * 10**9, 960 * 10**9)
     assert (found.watts, found.link, found.link_name) == (300, 32 * 10**9, "PCIe 4.0 x16")
+    assert found.host_link is None and found.sold == found.memory
+    reported = {"devices": [{**MINE, "memory_mib": 46068, "host_link_gb_s": 32}]}
+    again = find("rtx6000ada", write(tmp_path / "reported.yaml", reported))
+    assert (again.memory, again.sold, again.host_link) == (46068 << 20, 48 * 10**9, 32 * 10**9)
     assert find_network("my-net").per_gpu(8) == 25e9
     assert lookup("RTX 6000 Ada Generation 2") is None  # the whole name, as for the package's rows
 

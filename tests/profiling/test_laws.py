@@ -29,11 +29,16 @@ from longskip.profiling.laws import (
     DIT_IN_CONTEXT,
     EXPONENTS_2410_08184,
     TIFA_2404_02883,
+    FrontierLaw,
     ParametricLaw,
+    PowerLaw,
+    bounded,
     find_law,
     load_law,
+    times_text,
 )
 from longskip.profiling.parametric import _Parametric, fit_parametric
+from longskip.profiling.predicted import FAR, prediction_rows, rough_count, shown
 from tests.figures import figure
 
 BUDGETS = (1e17, 3e17, 6e17, 1e18, 3e18, 6e18)  # of arXiv 2410.08184
@@ -322,7 +327,8 @@ def test_intervals_are_about_as_wide_as_students() -> None:
 def test_fits_are_seeded() -> None:
     points = [p for i, c in enumerate(BUDGETS) for p in valley(c, (0.3, 0.6, 1.1, 2, 3.5), noise=0.002, seed=i)]
     one, same, other = (fit_isoflop(points, seed=seed).as_json() for seed in (1, 1, 2))
-    assert one == same and one != other and one["law"] == other["law"]
+    assert one == same and one != other and one["law"]["intervals"] != other["law"]["intervals"]
+    assert one["law"] | {"intervals": {}} == other["law"] | {"intervals": {}}
 
 
 def test_the_parametric_form_is_found_again_exactly_without_noise() -> None:
@@ -428,3 +434,132 @@ def test_the_parametric_form_refuses_what_cannot_tell_its_terms_apart() -> None:
         fit_parametric([replace(p, tokens=20 * p.params) for p in points])
     with pytest.raises(ConfigError, match="does not fall"):
         fit_parametric([replace(p, loss=math.exp(0.01 * math.log(p.params))) for p in points], resamples=2)
+
+
+# -- how sure ----------------------------------------------------------------------------------------------------------
+
+
+def test_predictions_of_power_laws_have_the_intervals_of_their_lines() -> None:
+    points = [p for i, c in enumerate(BUDGETS) for p in valley(c, (0.3, 0.6, 1.1, 2, 3.5), noise=0.002, seed=i)]
+    fit = fit_isoflop(points)
+    near, far = fit.predict(1e18), fit.predict(1e22)
+    assert near.best == fit.law.optimum(1e18)
+    for one in (near, far):
+        for name, line in (("params", fit.params), ("tokens", fit.data), ("loss", fit.loss)):
+            low, high = getattr(one, name)
+            assert (low, high) == line.interval(one.best.flops) and low < getattr(one.best, name) < high
+    near_width, far_width = (math.log(one.params[1] / one.params[0]) for one in (near, far))
+    assert far_width > 3 * near_width  # farther out less is known
+    three = fit_isoflop([p for p in points if p.flops >= 1e18])
+    assert (three.predict(1e18).params, three.law.intervals["params"]["exponent"]) == (None, None)
+
+
+def test_predictions_of_the_parametric_form_cover_the_truth_and_follow_the_draws() -> None:
+    fit = fit_parametric(surface(CHINCHILLA, noise=0.002, seed=3), resamples=40, seed=1)
+    one = fit.predict(1e22)
+    truth = CHINCHILLA.optimum(1e22)
+    for name in ("params", "tokens", "loss"):
+        low, high = getattr(one, name)
+        assert low < getattr(truth, name) < high and low < getattr(one.best, name) < high
+    # N·D = C/6 in every draw, so the ends of N and D are each other's mirror
+    assert one.params[0] * one.tokens[1] == pytest.approx(1e22 / 6, rel=0.05)
+    assert replace(fit, draws=()).predict(1e22).params is None
+    wild = replace(CHINCHILLA, alpha=1e-8, beta=1e-8)
+    assert replace(fit, draws=(wild, CHINCHILLA)).predict(1e22).params == pytest.approx((truth.params, truth.params))
+
+
+def test_intervals_are_kept_in_the_laws_file(tmp_path: Path) -> None:
+    points = [p for i, c in enumerate(BUDGETS) for p in valley(c, (0.3, 0.6, 1.1, 2, 3.5), noise=0.002, seed=i)]
+    frontier, parametric = fit_isoflop(points), fit_parametric(surface(CHINCHILLA, 0.002), resamples=5)
+    assert frontier.law.intervals["loss"]["exponent"] == list(frontier.loss.exponent_interval)
+    assert parametric.law.intervals["alpha"] == list(parametric.intervals["alpha"])
+    for law in (frontier.law, parametric.law):
+        file = tmp_path / "law.json"
+        file.write_text(json.dumps(replace(law, fitted_on="these").as_json()))
+        assert load_law(file) == replace(law, fitted_on="these")
+    file.write_text(json.dumps(parametric.law.as_json() | {"intervals": [1]}))
+    with pytest.raises(ConfigError, match="is no mapping"):
+        load_law(file)
+    (tmp_path / "law.yaml").write_text(file.read_text().replace("[1]", "{since: 2026-01-01}").replace("{", "{ "))
+    with pytest.raises(ConfigError, match="intervals holds what JSON has no form for"):
+        load_law(tmp_path / "law.yaml")
+
+
+def bent(irreducible: float, noise: float, seed: int, budgets: tuple[float, ...]) -> list[Point]:
+    """Optima of a loss that falls as a power law to ``irreducible``, N and D on power laws of their own."""
+    rng = np.random.default_rng(seed)
+    return [
+        Point(c, 0.1 * c**0.5, c**0.5 / 0.6, (irreducible + 40 * c**-0.1) * math.exp(noise * rng.normal()), "")
+        for c in budgets
+    ]
+
+
+def test_a_loss_that_flattens_is_told_and_the_parametric_form_named() -> None:
+    budgets = tuple(float(c) for c in np.geomspace(1e17, 1e21, 7))
+    (warning,) = fit_frontier(bent(1.0, 0.001, 0, budgets)).warnings
+    assert warning.startswith("loss") and "--form parametric" in warning
+    line = fit_frontier(bent(1.0, 0.001, 0, budgets)).law.loss
+    off = max(abs(line(p.flops) / p.loss - 1) for p in bent(1.0, 0.001, 0, budgets))
+    assert f"by up to {100 * off:.2g}%" in warning
+    for one in (fit_frontier(bent(0.0, 0.0, 0, budgets)), fit_frontier(bent(1.0, 0.0, 0, budgets[:3]))):
+        assert one.warnings == ()  # a straight line; three points, and nothing to judge by
+
+
+def test_the_warning_is_rare_where_the_law_is_right() -> None:
+    """Of 200 straight lines with scatter some 1% may be told to be bent: 3.5 binomial deviations allow 6."""
+    budgets = tuple(float(c) for c in np.geomspace(1e17, 1e21, 6))
+    told = sum(bool(fit_frontier(bent(0.0, 0.01, seed, budgets)).warnings) for seed in range(200))
+    found = sum(bool(fit_frontier(bent(1.0, 0.003, seed, budgets)).warnings) for seed in range(100))
+    figure(f"bends told: {told} of 200 straight lines, {found} of 100 bent ones")
+    assert told <= 6 and found > 50
+
+
+def test_three_minima_are_judged_by_the_scatter_about_their_parabolas() -> None:
+    def fit(irreducible: float):
+        law = ParametricLaw("", "", irreducible, 406.4, 0.34, 406.4, 0.34)  # its valleys are symmetric
+        points = [
+            Point(c, law.optimum(c).params * f, c / 6 / (law.optimum(c).params * f), 0.0, "")
+            for c in (1e18, 3e20, 1e23) for f in (0.5, 0.7, 1.0, 1.4, 2.0)
+        ]  # fmt: skip
+        return fit_isoflop([replace(p, loss=law.loss(p.params, p.tokens)) for p in points])
+
+    (warning,) = fit(1.69).warnings
+    assert "--form parametric" in warning and fit(1e-12).warnings == ()
+
+
+def test_far_outside_two_digits_are_claimed() -> None:
+    exact = "{:.4f}".format
+    assert shown(0.52964, FAR, exact) == "0.5296" and shown(0.52964, None, exact) == "0.5296"
+    assert [shown(x, 1.67e5, exact) for x in (0.5296, 5.5, 24.96, 551.0, 0.0996, 0.999, 12345.0)] == [
+        "≈ 0.53", "≈ 5.5", "≈ 25", "≈ 550", "≈ 0.10", "≈ 1.0", "≈ 12,000",
+    ]  # fmt: skip
+    assert [rough_count(x, 31.0) for x in (9.56e8, 9.96e8, 1.234e9, 2.615e11, 123456.0)] == [
+        "≈ 960 M", "≈ 1.0 B", "≈ 1.2 B", "≈ 260 B", "≈ 120,000",
+    ]  # fmt: skip
+    assert rough_count(9.56e8, 30.0) == "956 M"
+    assert [times_text(x) for x in (16.12, 250.0, 167_000.0)] == ["16.1×", "250×", "170,000×"]
+    points = [p for i, c in enumerate(BUDGETS) for p in valley(c, (0.3, 0.6, 1.1, 2, 3.5), noise=0.002, seed=i)]
+    near, far = prediction_rows([fit_isoflop(points).predict(c) for c in (6e18, 6e20)])
+    assert near[-1] == "inside" and "≈" not in "".join(near) and " to " in near[2]
+    assert far[-1] == "100× beyond" and all(cell.startswith("≈") for cell in far[1:7:2])
+    assert all("≈" not in cell and " to " in cell for cell in far[2:7:2])
+
+
+def test_laws_say_what_they_were_fitted_on() -> None:
+    assert all(word in DIT_IN_CONTEXT.fitted_on for word in ("rectified-flow", "CLIP", "108M", "256²"))
+    assert "rounded" in CHINCHILLA.note and "2404.10102" in CHINCHILLA.note
+
+
+def test_a_law_whose_numbers_no_float_holds_is_refused() -> None:
+    steep = FrontierLaw("steep", "", PowerLaw(1.0, 100.0), PowerLaw(1.0, -200.0))
+    nothing = ParametricLaw("nothing", "", 1.0, 1.0, 1e-9, 5.0, 1e-9)
+    for law in (steep, nothing, replace(steep, params=PowerLaw(1.0, 1.0))):
+        with pytest.raises(ConfigError, match=f"law '{law.name}' has no N and D"):
+            law.optimum(1e21)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), 1e300])
+def test_prices_and_powers_are_bounded(value: float) -> None:
+    with pytest.raises(ConfigError, match="price"):
+        bounded("price", value, 1e9)
+    assert bounded("price", None, 1e9) is None and bounded("price", 0.0, 1e9) == 0.0

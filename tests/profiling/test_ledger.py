@@ -134,7 +134,8 @@ def test_a_writer_that_went_on_behind_a_cut_line_loses_nothing_more(tmp_path: Pa
     path = tmp_path / "ledger.jsonl"
     append(path, LINE)
     whole = path.read_bytes()
-    path.write_bytes(whole + whole[:50] + whole)
+    append(path, replace(LINE, from_step=10, step=20))
+    path.write_bytes(whole + whole[:50] + path.read_bytes()[len(whole) :])
     got = read(path)
     assert (len(got.lines), got.skipped) == (2, 1)
 
@@ -216,3 +217,81 @@ def test_nothing_is_a_ledger_too_and_a_gap_is_seen(tmp_path: Path) -> None:
     empty = sums(read(tmp_path / "none.jsonl").entries)
     assert empty.goodput is None and empty.committed.images_per_second is None and empty.last_step == 0
     assert sums([interval(1, 0, 10), interval(1, 20, 30)]).missing_steps == 10
+
+
+# -- damaged and doubled lines -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seconds", -5), ("seconds", 1e300), ("data_wait_seconds", -1e-9), ("communication_seconds", -1.0),
+        ("devices", 0), ("devices", -1), ("images", -1), ("tokens", 2**100 + 1), ("model_flops", 10**400),
+        ("six_nd", -1), ("from_step", -1), ("step", 0), ("mfu", -0.1), ("mfu", 1e300), ("loss", 10**400),
+        ("attempt", -1), ("device_name", 7),
+    ],
+)  # fmt: skip
+def test_a_line_with_a_value_that_cannot_be_is_skipped(tmp_path: Path, name: str, value: object) -> None:
+    path = tmp_path / "ledger.jsonl"
+    append(path, LINE)
+    body = json.loads(path.read_text())
+    with open(path, "a") as file:
+        file.write(json.dumps({**body, "from_step": 10, "step": 20, name: value}) + "\n")
+    got = read(path)
+    assert (got.lines, got.skipped, got.overlapping) == ((LINE,), 1, ())
+
+
+def test_the_largest_counts_are_read(tmp_path: Path) -> None:
+    line = replace(LINE, model_flops=2**100, tokens=0, seconds=0.0, mfu=0.0)
+    append(tmp_path / "ledger.jsonl", line)
+    assert read(tmp_path / "ledger.jsonl").lines == (line,)
+
+
+def test_a_resume_from_below_nothing_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / "ledger.jsonl").write_text('{"attempt": 1, "resumed_from": -1}\n{"attempt": 1, "resumed_from": 0}\n')
+    assert read(tmp_path / "ledger.jsonl") == LedgerFile((Resumed(1, 0),), 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_steps_of_an_attempt_count_once_whatever_is_doubled(data: st.DataObject, tmp_path_factory) -> None:
+    """Any lines of any attempts in any order, doubled and overlapping: sums hold no step of an attempt twice."""
+    interval_of = st.tuples(st.integers(1, 3), st.integers(0, 12), st.integers(1, 5))
+    drawn = data.draw(st.lists(interval_of, max_size=14))
+    path = tmp_path_factory.mktemp("doubled") / "ledger.jsonl"
+    for attempt, start, length in drawn:
+        append(path, interval(attempt, start, start + length))
+    if data.draw(st.booleans()) and drawn:
+        append(path, Resumed(2, data.draw(st.integers(0, 12))))
+    file = read(path)
+    assert len(file.lines) + len(file.overlapping) == len(drawn) and file.skipped == 0
+    spent = [(line.attempt, step) for line in file.lines for step in range(line.from_step, line.step)]
+    assert len(spent) == len(set(spent))
+    for line in file.overlapping:  # each repeats a step that counts
+        assert {(line.attempt, step) for step in range(line.from_step, line.step)} & set(spent)
+    kept = [step for line in committed_lines(file.entries) for step in range(line.from_step, line.step)]
+    assert len(kept) == len(set(kept))
+    got = sums(file.entries)
+    assert got.missing_steps >= 0 and (got.goodput is None or 0 <= got.goodput <= 1)
+
+
+def test_a_doubled_line_counts_once_and_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    first, second = interval(1, 0, 10), interval(1, 10, 20)
+    for entry in (Resumed(1, 0), first, second, second, interval(1, 15, 25), interval(1, 25, 30)):
+        append(path, entry)
+    got = read(path)
+    assert got.overlapping == (second, interval(1, 15, 25)) and got.skipped == 0
+    assert sums(got.entries).missing_steps == 5  # 20 to 25 lay in the line that overlaps
+    assert sums(got.entries).committed.images == sum(line.images for line in (first, second, interval(1, 25, 30)))
+
+
+def test_an_attempt_without_its_first_line_supersedes_what_it_did_again() -> None:
+    """The line that says from where attempt 2 resumed was cut: its own first line says it as well."""
+    entries = [
+        Resumed(1, 0),
+        *(interval(1, at, at + 10) for at in (0, 10, 20)),
+        *(interval(2, at, at + 10) for at in (10, 20)),
+    ]
+    assert [(line.attempt, line.step) for line in committed_lines(entries)] == [(1, 10), (2, 20), (2, 30)]
+    assert sums(entries).missing_steps == 0

@@ -365,6 +365,9 @@ def test_written_as_a_whole_or_refused(tmp_path: Path, on_h200: Profile) -> None
     assert path.read_text("utf-8") == render_html(on_h200) and list(path.parent.iterdir()) == [path]
     with pytest.raises(ConfigError, match="cannot write"):
         render_profile(on_h200, tmp_path / "new" / "page.html" / "below.html")
+    for folder in ("/", tmp_path):
+        with pytest.raises(ConfigError, match="it is a folder"):
+            render_profile(on_h200, folder)
 
 
 @settings(max_examples=60, deadline=None)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longskip.errors import RunFolderError
+from longskip.errors import ConfigError, RunFolderError
 from longskip.profiling import units
 from longskip.profiling.report import MAX_GRIDS, render_report
 from longskip.profiling.reportdata import MAX_POINTS, chart_data, figure_rows
@@ -99,6 +99,28 @@ def test_resumes_are_named_where_there_were_any(tmp_path: Path, run_maker) -> No
     (unbroken / "ledger.jsonl").write_text("".join(lines[:5]))
     assert "mean over the batch; dotted where a run was resumed Validation" in render(resumed)[1].text
     assert "mean over the batch Validation" in render(unbroken)[1].text
+
+
+def test_what_the_ledger_does_not_hold_and_what_was_left_out_is_said(tmp_path: Path, run_maker) -> None:
+    run = run_maker(tmp_path / "run")
+    _, whole = render(run)
+    assert "everything executed, first step to last logged one" in whole.text
+    assert "from the first step of each attempt to the last logged one" in whole.text
+    assert "overlapping" not in whole.text and "unreadable" not in whole.text
+    with open(run / "ledger.jsonl", "a") as file:
+        line = (run / "ledger.jsonl").read_text().splitlines()[-1]
+        file.write(line + "\n")
+        file.write(json.dumps(json.loads(line) | {"from_step": 40, "step": 50, "model_flops": 10**400}) + "\n")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 50, "loss/global_avg": 10**400}) + "\n")
+    info = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(info | {"params": 10**400}))
+    _, page = render(run)
+    assert "ledger.jsonl: 1 line overlapping another of the same attempt left out" in page.text
+    assert "ledger.jsonl: 1 unreadable or cut line skipped" in page.text
+    assert "metrics.jsonl: 1 unreadable or cut line skipped" in page.text
+    assert f"Goodput {units.share(RunLog.open(run).sums.goodput)} of the wall time" in page.text
+    assert "40,000,000,000,028" in page.text  # C as before
 
 
 def test_mfu_of_a_known_device(tmp_path: Path, run_maker) -> None:
@@ -214,6 +236,10 @@ def test_where_the_file_goes(tmp_path: Path, run_maker, monkeypatch) -> None:
     assert render_report([one, two]) == Path("report.html")
     target = render_report([one], tmp_path / "new" / "r.html")
     assert target.is_file() and [file.name for file in target.parent.iterdir()] == ["r.html"]
+    (tmp_path / "runs").mkdir(exist_ok=True)
+    for out in (tmp_path / "runs", "/", ""):
+        with pytest.raises(ConfigError, match="cannot write"):
+            render_report([one], out)
     with pytest.raises(RunFolderError, match="at least 1 run"):
         render_report([])
     with pytest.raises(RunFolderError, match="does not exist"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from longskip.launcher.cli import main
 from longskip.models.formulas import FORMULAS
 from longskip.models.presets import preset
 from longskip.profiling import efficiency, step_check
-from longskip.profiling.calibration import Seconds, calls_of
+from longskip.profiling.calibration import Ceilings, Seconds, calls_of
 from longskip.profiling.counting import count_flops
-from longskip.profiling.efficiency import DIRECTIONS
+from longskip.profiling.efficiency import DIRECTIONS, Efficiencies, Measured
 from longskip.profiling.hardware import find, processor, user_file
-from longskip.profiling.machine import measure_machine
+from longskip.profiling.machine import Machine, measure_machine
 from longskip.profiling.op_works import cost_of
 from longskip.profiling.step_check import BareLoop, StepCase, predict_steps, to_markdown
 
@@ -61,7 +62,7 @@ def test_a_prediction_rests_on_measurements_alone_and_its_errors_are_the_ratios(
         for clock in ("cpu", "wall"):
             part = found[clock]
             assert part["error"] == pytest.approx(part["predicted"] / part["measured"] - 1)
-        assert found["measured_share"] == 1 and found["met"] == (abs(found["cpu"]["error"]) <= 0.15)
+        assert found["measured_share"] > 0.95 and found["met"] == (abs(found["cpu"]["error"]) <= 0.15)
         assert sum(found["by_term"].values()) == pytest.approx(found["cpu"]["predicted"])
         assert found["from_other_sizes"]["measured"] == found["cpu"]["measured"]
     lines = to_markdown(rows, device)
@@ -90,7 +91,8 @@ def test_a_machine_that_is_twice_as_slow_in_all_is_predicted_as_well(monkeypatch
             (found,) = predict_steps([SMALL], rounds=2, device=device, read=read)
         errors.append(found["cpu"]["error"])
         assert found["cpu"]["measured"] > 0.1
-    assert errors[0] == pytest.approx(errors[1]) and abs(errors[0]) < 0.15
+    # A backward without an op of its own is left out, and its assumed time is not the clock's.
+    assert errors[0] == pytest.approx(errors[1], abs=1e-3) and abs(errors[0]) < 0.15
 
 
 def test_bench_machine_prints_its_ceilings_and_keeps_the_machine(
@@ -112,9 +114,47 @@ def test_bench_machine_prints_its_ceilings_and_keeps_the_machine(
     table = efficiency.of_device(processor(), "fp32")
     assert table is not None and {"mlp", "attention", "adamw"} <= {entry.op for entry in table.entries}
     assert (tmp_path / "here.md").read_text().count("GFLOP/s") == 2
+    assert table.about["cores"] >= 1 and table.about["load_average"] >= 0 and table.about["date"][:2] == "20"
     predicted = step_check.step_time(SMALL.ledger(), kept, dtype="fp32", measured=table)
     assert predicted.mfu is None and predicted.seconds > 0
     assert torch.get_num_threads() == written["threads"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["profile", "uvit-tiny", "--gpu", "this", "--precision", "fp32"])
+    assert "processor time, not" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_busy_machine_and_shares_beyond_the_ceiling_are_warned_of() -> None:
+    rates = {"fp32": 1e12, "copy": 1e9}  # 1 TFLOP/s, 1 GB/s
+    entries = tuple(
+        Measured("linear", "forward", {"rows": rows}, 10**9, 0, 1, seconds, seconds)
+        for rows, seconds in ((1, 2e-3), (2, 1e-3), (3, 2e-3 / 1.05))
+    )
+    table = Efficiencies(processor(), "fp32", entries, {}, {"notes": ["one was left out"]})
+    quiet = Machine(Ceilings(1, 64, 1 << 20, rates, rates), 10**9, table, cores=4, load=(1.0, 3.9))
+    assert quiet.warnings() == [
+        "above 110% of the ceiling: linear forward 200%; caches gave it, or the ceilings were measured too low",
+        "one was left out",
+    ]
+    busy = replace(quiet, load=(1.0, 4.1))
+    assert busy.warnings()[0].startswith("the load average was 4.1 on 4 cores")
+    assert busy.to_json()["warnings"] == busy.warnings()
+    assert [line for line in busy.to_markdown() if line.startswith("- warning")] == [
+        f"- warning: {line}" for line in busy.warnings()
+    ]
+    assert not replace(quiet, efficiencies=None).warnings()
+
+
+def test_the_documentation_quotes_every_error_of_the_results() -> None:
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    lines = (docs / "results" / "step-time.md").read_text("utf-8").splitlines()
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "%, " in line and line.startswith("|")
+    ]
+    told = (docs / "hardware.md").read_text("utf-8").partition("## How far off it is")[2]
+    assert len(rows) >= 3
+    for column in (4, 5, 6):  # by processor time, by wall clock, from other models' sizes
+        assert ", ".join(row[column].partition(",")[0] for row in rows) in told
 
 
 def test_bench_machine_refuses_an_unknown_model_before_it_measures() -> None:

@@ -19,7 +19,16 @@ from longskip.profiling import step_time as module
 from longskip.profiling.efficiency import ASSUMED, Efficiencies, Measured, distance, ideal
 from longskip.profiling.flop_ledger import FlopLedger, Row, flop_ledger, loss_rows, optimizer_row
 from longskip.profiling.hardware import Device, find, find_network, row
-from longskip.profiling.step_time import LAUNCH, MESSAGE, TERMS, WIRE, step_time
+from longskip.profiling.step_time import (
+    GUESSES,
+    HOST_LINK,
+    LAUNCH,
+    MESSAGE,
+    TERMS,
+    WIRE,
+    HostWork,
+    step_time,
+)
 
 # 1 TFLOP/s in bf16, 0.5 in float32, 1 GB/s, a link of 10 GB/s.
 DEVICE = row(
@@ -61,8 +70,9 @@ def test_the_roofline_by_hand() -> None:
     assert (first.seconds, first.compute, first.memory) == pytest.approx((8e-3, 8e-3, 1e-3))
     assert (second.seconds, second.compute, second.memory) == pytest.approx((5e-3, 4e-6, 5e-3))
     assert (first.binds, second.binds, found.binds) == ("compute", "memory", "compute")
-    assert found.by_term == pytest.approx({"compute": 8e-3, "memory": 5e-3, "launch": 0, "network": 0})
+    assert found.by_term == pytest.approx({"compute": 8e-3, "memory": 5e-3, "launch": 0, "network": 0, "host": 0})
     assert found.seconds == pytest.approx(13e-3) and found.measured_share == 1 and not found.assumptions
+    assert found.certain and (found.slowest, found.fastest) == (found.seconds, found.seconds)
 
 
 def test_assumed_efficiencies_stretch_each_term_and_are_named() -> None:
@@ -75,7 +85,7 @@ def test_assumed_efficiencies_stretch_each_term_and_are_named() -> None:
     assert found.by_phase["backward"] == pytest.approx(12e-3 / rule.compute + 2 * LAUNCH)
     assert found.measured_share == 0
     assert any("products: 70%" in line for line in found.assumptions)
-    assert any("µs between two kernels" in line for line in found.assumptions)
+    assert any("4 µs (2 to 6) between two kernels" in line for line in found.assumptions)
     assert found.ops[0].origin == "assumed: products"
 
 
@@ -115,10 +125,62 @@ def test_accumulation_repeats_the_passes_and_not_the_optimizer() -> None:
 
 def test_launches_bind_where_ops_are_small() -> None:
     row_ = one("add", units=100, forward=OpCost(0, 100, 1200))
-    found = step_time(ledger(row_), DEVICE)
+    found = step_time(ledger(row_), DEVICE, dispatch=0)
     assert found.binds == "launch" and found.ops[0].binds == "launch"
     assert found.by_term["launch"] == pytest.approx(100 * LAUNCH)
-    assert step_time(ledger(row_), DEVICE, launch=0).binds == "memory"
+    assert step_time(ledger(row_), DEVICE, launch=0, dispatch=0).binds == "memory"
+
+
+def test_no_step_is_shorter_than_the_host_takes_to_start_it() -> None:
+    """100 calls forward and 100 backward of nearly nothing: what the host needs for them is the step."""
+    row_ = one("add", units=100, forward=OpCost(0, 100, 1200), backward=OpCost(0, 100, 1200))
+    found = step_time(ledger(row_), DEVICE, launch=0, accumulation=3)
+    by_hand = GUESSES["engine"].likely + 600 * GUESSES["dispatch"].likely
+    assert found.seconds == pytest.approx(by_hand) and found.binds == "launch"
+    assert found.by_phase["dispatch"] == pytest.approx(by_hand - found.by_phase["forward"] - found.by_phase["backward"])
+    assert any("the host takes 25 µs (10 to 45)" in line for line in found.assumptions)
+    asked = step_time(ledger(row_), DEVICE, launch=0, dispatch=1e-3)
+    assert asked.seconds == pytest.approx(0.2) and not any("the host takes" in line for line in asked.assumptions)
+    large = one(forward=OpCost(10**12, 0, 1))
+    busy = step_time(ledger(large), DEVICE)
+    assert busy.by_phase["dispatch"] == 0 and not any("the host takes" in line for line in busy.assumptions)
+    itself = step_time(ledger(row_), replace(DEVICE, measured=True), launch=0)
+    assert itself.by_phase["dispatch"] == 0 and any("processor time" in line for line in itself.assumptions)
+
+
+def test_the_ends_are_the_assumptions_at_their_ends() -> None:
+    row_ = one(forward=OpCost(10**11, 0, 1))
+    found = step_time(ledger(row_), DEVICE, launch=0)
+    assert (found.slowest, found.seconds, found.fastest) == pytest.approx((0.2 / 0.6, 0.2 / 0.7, 0.2 / 0.8))
+    assert not found.certain
+    for name, rule in ASSUMED.items():
+        assert rule.slow[0] < rule.compute < rule.fast[0] <= 1 and rule.slow[1] < rule.memory < rule.fast[1] <= 1, name
+    for name, guess in GUESSES.items():
+        assert min(guess.slow, guess.fast) < guess.likely < max(guess.slow, guess.fast), name
+    wire = step_time(ledger(PASSES), DEVICE, measured=at_full_speed(PASSES), world=4, collectives=[Sends("x", 0, 1e9)])
+    took = 0.75e9 / 10e9
+    assert (wire.slowest, wire.fastest) == pytest.approx((0.1 + took / 0.6, 0.1 + took / 0.9))
+
+
+def test_what_is_put_off_to_the_host_takes_the_link_and_its_memory() -> None:
+    row_ = one(forward=OpCost(10**11, 0, 1))
+    step_ = one("adamw", forward=OpCost(0, 0, 10**9), part="optimizer")
+    rows = ledger(row_, step_)
+    device = replace(DEVICE, host_link=64 * 10**9)
+    plain = step_time(rows, device, launch=0)
+    link, memory = GUESSES["host link"].likely, GUESSES["host memory"].likely
+    found = step_time(rows, device, launch=0, host=HostWork(64e9, 25e9))
+    assert found.by_phase["host"] == found.by_term["host"] == pytest.approx(1 / link + 25e9 / memory)
+    assert found.seconds == pytest.approx(plain.seconds + found.by_phase["host"]) and found.binds == "host"
+    (line,) = [line for line in found.assumptions if line.startswith("host memory")]
+    assert "59.6 GiB a rank and step" in line and "64 GB/s (" in line and "23.3 GiB are read or written" in line
+    away = step_time(rows, device, launch=0, host=HostWork(64e9, 25e9, optimizer=True))
+    assert away.by_phase["optimizer"] == 0 < found.by_phase["optimizer"]
+    unknown = step_time(rows, DEVICE, launch=0, host=HostWork(HOST_LINK, 0))
+    assert unknown.by_phase["host"] == pytest.approx(1 / link) and any(
+        "assumed: PCIe" in x for x in unknown.assumptions
+    )
+    assert step_time(rows, device, launch=0, host=HostWork(0, 0)).by_phase["host"] == 0
 
 
 # -- measured efficiencies ---------------------------------------------------------------------------------------------
@@ -172,7 +234,8 @@ def test_other_sizes_lie_on_the_line_of_the_two_nearest_and_say_how_far_they_are
         found = step_time(ledger(one(forward=OpCost(n * 10**9, 0, n))), DEVICE, measured=table, launch=0)
         assert found.seconds == pytest.approx(took(n)) and found.measured_share == 1
         assert found.ops[0].origin == f"measured at other sizes, {factor}× apart"
-    small = step_time(ledger(one(forward=OpCost(10**8, 0, 1))), DEVICE, measured=table, launch=0)
+    little = ledger(one(forward=OpCost(10**8, 0, 1)))
+    small = step_time(little, DEVICE, measured=table, launch=0, dispatch=0)
     assert small.seconds == pytest.approx(took(1) / 10) and small.measured_share == 0  # the efficiency of the smallest
     assert any("10.0× apart, used as it is" in line for line in small.assumptions)
     alone = Efficiencies("made up", "bf16", entries[:1])
@@ -264,6 +327,19 @@ def test_no_more_is_hidden_than_the_passes_last() -> None:
     assert found.communication[0].seconds - found.communication[0].exposed == pytest.approx(0.1)
 
 
+def test_the_network_binds_where_the_passes_are_too_short_to_hide_what_they_could() -> None:
+    """100 ms of products, and 150 ms of gradients of which all may be hidden: the step is the network's, however fast the
+    products are, though what is left unhidden is shorter than they."""
+    sent = Sends("gradients", 0, 0.15 * 10e9 * WIRE / 0.75)
+    found = step(4, sent, overlap=1)
+    assert found.seconds == pytest.approx(0.15) and found.by_term["network"] < found.by_term["compute"]
+    assert found.binds == "network" and found.network_floor == pytest.approx(0.15)
+    hidden = step(4, Sends("gradients", 0, sent.payload / 2), overlap=1)
+    assert hidden.binds == "compute" and hidden.network_floor == 0
+    off = step(4, sent, overlap=1, host=HostWork(0, 25e9))
+    assert off.binds == "host"  # a second of it
+
+
 def test_between_nodes_the_slower_of_link_and_all_ports_of_a_node_decides() -> None:
     def rate(world: int, gpus: int, name: str, device: Device = DEVICE) -> float:
         found = step_time(
@@ -332,7 +408,7 @@ def test_a_faster_device_is_never_slower(rates: float, bandwidth: float, accumul
         peak_flops={dtype: round(rate * rates) for dtype, rate in base.peak_flops.items()},
         bandwidth=round(base.bandwidth * bandwidth),
     )
-    before, after = (step_time(rows, device, accumulation=accumulation) for device in (base, faster))
+    before, after = (step_time(rows, device, accumulation=accumulation, dispatch=0) for device in (base, faster))
     assert after.seconds <= before.seconds * (1 + 1e-12)
     assert after.by_term["launch"] == pytest.approx(before.by_term["launch"])
 
@@ -352,6 +428,7 @@ def test_a_measured_device_has_no_mfu() -> None:
         ({"overlap": 1.01}, r"overlap = 1\.01"),
         ({"launch": -1e-6}, r"launch = -1e-06"),
         ({"launch": math.nan}, "launch = nan"),
+        ({"dispatch": math.inf}, "dispatch = inf"),
         ({"dtype": "fp16"}, r"dtype 'fp16' has no peak"),
         ({"dtype": "fp32", "measured": at_full_speed(PASSES)}, r"measured in bf16, the step is in fp32"),
     ],

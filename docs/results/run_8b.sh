@@ -3,8 +3,9 @@
 # Run it from the repository's root after installation:  bash docs/results/run_8b.sh [FEATURES] [overrides...]
 # FEATURES: shards by `longskip data encode` of (4, 32, 32) latents and (77, 1024) CLIP features; without one, small random
 # encoders make 512 (speed does not depend on the values).
-# Memory by `longskip train configs/uvit-8b.yaml --dry-run --ranks 1 train.batch_size=64 train.micro_batch=16`: about 123 GiB
-# on the card (bf16 weights and gradients 30, fp32 masters and moments 89, activations 2.6), 30 GiB of EMA in host memory.
+# Memory by `longskip train configs/uvit-8b.yaml --dry-run --ranks 1 train.batch_size=64 train.micro_batch=16`: about 125.7 GiB
+# on the card in the optimizer's step (bf16 weights and gradients 29.7, fp32 masters and moments 89.1, DeepSpeed's buffers
+# 6.9), 29.7 GiB of EMA in host memory.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 features=${1:-data/features-8b}

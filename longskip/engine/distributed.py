@@ -9,6 +9,7 @@ import os
 import resource
 import socket
 import sys
+import time
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -66,8 +67,10 @@ def join(timeout_minutes: float = 30) -> World:
     deepspeed = import_deepspeed()
     if not torch.distributed.is_initialized():
         try:
+            if rank:
+                _await_first_rank(60 * timeout_minutes)
             _start_process_group(rank, size, datetime.timedelta(minutes=timeout_minutes))
-        except torch.distributed.DistError as error:
+        except (torch.distributed.DistError, OSError) as error:
             raise _not_met(rank, size, timeout_minutes, error) from None
     deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
     device = torch.device("cpu")
@@ -101,13 +104,34 @@ def _start_process_group(rank: int, size: int, timeout: datetime.timedelta) -> N
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
+def _await_first_rank(seconds: float) -> None:
+    """Returns once somebody listens at MASTER_ADDR:MASTER_PORT; raises what the last attempt met after ``seconds``.
+
+    torch's client would wait as well, but tells of its waiting in C++ frames on standard error.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            socket.create_connection(
+                (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=max(0.1, min(left, 10.0))
+            ).close()
+            return
+        except OSError:
+            if left <= 0:
+                raise
+            time.sleep(min(0.2, left))
+
+
 def _not_met(rank: int, size: int, minutes: float, error: Exception) -> RendezvousError:
     """What torch says of ranks that did not meet, without the C++ frames that it adds."""
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    if rank == 0 and isinstance(error, OSError):
+        return RendezvousError(f"rank 0 cannot listen at {where} ({said})", cure="give all ranks another MASTER_PORT")
     who = "rank 0 did not answer" if rank else "not all of the others came"
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return RendezvousError(
-        f"rank {rank} of {size} waited up to {minutes:.3g} minutes at {os.environ['MASTER_ADDR']}:"
-        f"{os.environ['MASTER_PORT']}: {who} ({said[:300]})",
+        f"rank {rank} of {size} waited up to {minutes:.3g} minutes at {where}: {who} ({said})",
         cure=("start rank 0, and give all ranks" if rank else "start all ranks, and give them")
         + " the same MASTER_ADDR and MASTER_PORT; launch.timeout_minutes is how long they wait",
     )

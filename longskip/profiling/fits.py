@@ -279,7 +279,7 @@ def _misses(
         if name == "loss" and bend > 0:
             said += (
                 "; the loss flattens, as one does that cannot fall below a constant: a form with one fits better "
-                "(--form parametric), and this line promises too little loss beyond the largest budget"
+                "(--form parametric), and this line promises too low a loss beyond the largest budget"
             )
         yield said
 

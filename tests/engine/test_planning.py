@@ -358,10 +358,10 @@ def test_a_measured_machines_times_are_called_processor_time(
 
 def test_the_chosen_way_stands_in_its_own_table(capsys: pytest.CaptureFixture[str]) -> None:
     """A way that others beat in memory and in speed, because the configuration names it."""
-    arguments = ("train.batch_size=64", "train.micro_batch=1", "deepspeed.zero_stage=3", "engine.checkpointing=1")
+    arguments = ("train.batch_size=64", "train.micro_batch=1", "deepspeed.zero_stage=1", "engine.checkpointing=1")
     code, out, error = said(capsys, "configs/shapes-two.yaml", "--gpus", "8", "--gpu", "rtx4090", *arguments)
     assert code == 0 and "(as configured)" in out, error
-    (line,) = [line for line in out.splitlines() if line.strip().startswith("* 3")]
+    (line,) = [line for line in out.splitlines() if line.strip().startswith("* 1")]
     assert line.split()[2:5] == ["1", "8", "all"]
 
 
@@ -375,7 +375,7 @@ def test_figures_have_no_more_digits_than_they_are_worth() -> None:
         _between(7318.0, (6100.0, 8888.0), " h") == "7,300 h (6,100 to 8,900)"
         and _between(1.234, (1.234, 1.234), "%") == "1.23%"
     )
-    assert _between(0.2049, (0.2046, 0.2051), " s") == "0.205 s"
+    assert _between(0.2043, (0.2041, 0.2048), " s") == "0.204 s"
     assert [_span(s) for s in (0.000858, 0.5, 61, 1000, 90_000, 1e6, 1e-6)] == [
         "0.858 ms", "0.500 s", "61.0 s", "16.7 min", "25.0 h", "11.6 d", "1.00 µs"
     ]  # fmt: skip

@@ -181,8 +181,9 @@ def test_what_a_device_cannot_predict_is_said_before_the_table(longskip: Any, tm
     saved = efficiency.cache_folder() / efficiency.file_name("H200", "bf16")
     saved.parent.mkdir(parents=True, exist_ok=True)
     saved.write_text('{"device": "H200", "entries": [{}]}')
-    said = longskip("profile", "uvit-tiny", "--gpu", "h200", "--html", page)
-    assert said.code == 2 and "is damaged" in said.err and not said.out and not page.exists()
+    for more in ((), ("--html", page), ("--json",)):
+        said = longskip("profile", "uvit-tiny", "--gpu", "h200", *more)
+        assert said.code == 2 and "is damaged" in said.err and not said.out and not page.exists()
 
 
 # --- configurations ---------------------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ def test_presets(name: str, backend: str) -> None:
 def test_every_preset_at_every_resolution(name: str, latent_size: tuple[int, int]) -> None:
     spec = preset(name)
     size = tuple(-(-side // spec.patch) * spec.patch for side in latent_size)
-    for backend, checkpointing in itertools.product(("torch", "reference", "triton"), (0, 1, 2)):
+    for backend, checkpointing in zip(("torch", "reference", "triton"), (0, 1, 2), strict=True):
         run = {"latent_size": size, "n_txt": spec.n_txt // 2 or None, "checkpointing": checkpointing}
         check(spec, backend, **run, trained_text=bool(spec.n_txt and checkpointing))
 

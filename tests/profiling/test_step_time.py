@@ -139,6 +139,8 @@ def test_no_step_is_shorter_than_the_host_takes_to_start_it() -> None:
     assert found.seconds == pytest.approx(by_hand) and found.binds == "launch"
     assert found.by_phase["dispatch"] == pytest.approx(by_hand - found.by_phase["forward"] - found.by_phase["backward"])
     assert any("the host takes 25 µs (10 to 45)" in line for line in found.assumptions)
+    beside = step_time(ledger(row_), DEVICE, launch=0, accumulation=3, host=HostWork(0, 25e9))
+    assert beside.seconds == pytest.approx(by_hand + 1)  # the host does one after the other
     asked = step_time(ledger(row_), DEVICE, launch=0, dispatch=1e-3)
     assert asked.seconds == pytest.approx(0.2) and not any("the host takes" in line for line in asked.assumptions)
     large = one(forward=OpCost(10**12, 0, 1))

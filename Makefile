@@ -6,8 +6,9 @@ STAMP := $(VENV)/.installed
 # One thread a process: the tests start ranks of their own, and spinning threads slow shared machines down manifold.
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
-# `make test JOBS=2` runs the tests in two processes; those of a file stay together, so that its fixtures are made once.
-JOBS ?= 1
+# Tests run in two processes where there are two cores (JOBS=1: in one); those of a file stay together, so that its fixtures
+# are made once. More than two would not fit the memory of a small machine: some start ranks of their own.
+JOBS ?= $(shell test "$$(nproc 2>/dev/null || echo 1)" -gt 1 && echo 2 || echo 1)
 PARALLEL := $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile)
 
 .PHONY: install demo test test-slow figures proofs lint clean

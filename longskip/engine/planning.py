@@ -114,7 +114,7 @@ class Plan:
     """``best``: the option with the most images per second of those that fit, None where none does, and then ``enough`` is
     the smallest number of devices (a power of two times those asked for) that would do. ``given``: the configuration's own
     stage, micro-batch and checkpointing, where it names them. ``steps``, images, tokens and FLOPs are of the whole run.
-    ``more_to_host``: settings, not yet made, that put more off to host memory."""
+    ``more_to_host``: settings, not yet made, that put more off to host memory. ``notes``: what is not known of the run."""
 
     cluster: Cluster
     options: tuple[Option, ...]
@@ -130,6 +130,7 @@ class Plan:
     price_per_hour: float | None
     currency: str
     more_to_host: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def chosen(self) -> Option | None:
@@ -184,19 +185,21 @@ def plan(
     config: Config,
     cluster: Cluster,
     *,
+    name: str = "",
     price_per_hour: float | None = None,
     measured: efficiency.Efficiencies | None = None,
 ) -> Plan:
-    """The plan of a run on a cluster; prices per device and hour go before the configuration's.
+    """The plan of a run on a cluster; prices per device and hour go before the configuration's. ``name``: the run's, where
+    the configuration has none, whose words are counted if it is there already.
 
     ConfigError where ``train.batch_size`` does not divide over the devices, the device has no rate for the dtype, or a
     number is beyond all that can be meant.
     """
     price = config.budget.price_per_device_hour if price_per_hour is None else price_per_hour
     _check(config, price)
-    text = config.text_encoder(config.encoders.text.vocabulary)
-    n_parameters = config.backbone().param_counts().total + (text.param_counts().total if text else 0)
-    found = options(config, cluster, n_parameters=n_parameters, measured=measured)
+    subject = subject_of(config, name)
+    n_parameters = subject.parameters
+    found = options(config, cluster, subject, measured=measured)
     fitting_ones = [option for option in found if option.fits]
     batch = config.batch(cluster.devices, None if config.train.micro_batch or config.train.accumulation else 1)
     cost = step_cost(config, batch, n_parameters)
@@ -216,6 +219,7 @@ def plan(
         price_per_hour=price,
         currency=config.budget.currency,
         more_to_host=_more_to_host(config),
+        notes=tuple(note for note in subject.notes if note.startswith(("the captions", "the data"))),
     )
 
 
@@ -249,14 +253,13 @@ def _order(option: Option) -> tuple[float, int, int]:
 
 
 def options(
-    config: Config, cluster: Cluster, *, n_parameters: int, measured: efficiency.Efficiencies | None = None
+    config: Config, cluster: Cluster, subject: Subject, *, measured: efficiency.Efficiencies | None = None
 ) -> list[Option]:
     """Every stage × micro-batch × checkpointing that the batch and the configuration allow, those that do not fit too."""
     if measured is None:
         measured = efficiency.of_device(cluster.device.name, config.train.dtype)
-    subject = subject_of(config, "")
     return [
-        _option(each, cluster, stage, micro, n_parameters, subject, measured)
+        _option(each, cluster, stage, micro, subject, measured)
         for each in _checkpointed(config)
         for stage in _stages(config)
         for micro in _micros(config, cluster.devices)
@@ -306,15 +309,14 @@ def _option(
     cluster: Cluster,
     stage: Stage,
     micro: int,
-    n_parameters: int,
     subject: Subject,
     measured: efficiency.Efficiencies | None,
 ) -> Option:
     spec, world, dtype = subject.spec, cluster.devices, config.train.dtype
     accumulation = config.train.batch_size // (world * micro)
-    needed = fitting.memory(config, stage, world=world, micro=micro, n_parameters=n_parameters)
+    needed = fitting.memory(config, stage, world=world, micro=micro, n_parameters=subject.parameters)
     subject = replace(subject, batch=micro, checkpointing=config.engine.checkpointing)
-    owned = -(-n_parameters // world) if stage else n_parameters
+    owned = -(-subject.parameters // world) if stage else subject.parameters
     ledger, host = _put_off(config, subject.ledger(updated=owned), cluster.device, owned, accumulation, subject)
     collectives = traffic(
         spec.parameters(),
@@ -432,6 +434,7 @@ def as_json(found: Plan) -> dict[str, Any]:
         "network": cluster.network.name if cluster.network and cluster.nodes > 1 else None,
         "device_memory_bytes": cluster.device.memory, "usable_share": MARGIN,
         "host_memory_bytes_per_node": cluster.host_memory, "device_source": cluster.device.source,
+        "notes": list(found.notes),
         "steps": found.steps, "images": found.images, "tokens": found.tokens, "parameters": found.n_parameters,
         "model_flops": found.model_flops, "six_nd": found.six_nd,
         "price_per_device_hour": found.price_per_hour, "currency": found.currency,

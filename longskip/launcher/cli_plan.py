@@ -58,7 +58,7 @@ def plan(
         find(gpu, hardware), DEFAULT_GPUS if gpus is None else gpus, nodes,
         find_network(network or DEFAULT_NETWORK, hardware), host_memory,
     )  # fmt: skip
-    found = planning.plan(resolved, cluster, price_per_hour=price)
+    found = planning.plan(resolved, cluster, name=config.stem, price_per_hour=price)
     if as_json:
         print(json.dumps(planning.as_json(found), allow_nan=False))
         return
@@ -131,6 +131,8 @@ def _show(found: Plan, config: str, gpus_assumed: bool, network_assumed: bool, s
     _table(console, found, _listed(found, sweep))
     if not step.certain:
         console.print("In brackets: with every assumption at its one end and at its other.", style="dim")
+    for note in found.notes:
+        console.print(f"note: {note}", style="dim", soft_wrap=True)
     console.print(
         "Steps alone: no evaluation, no checkpoints, no failures. "
         + (

@@ -381,3 +381,13 @@ def test_figures_have_no_more_digits_than_they_are_worth() -> None:
     ]  # fmt: skip
     assert _span(600, 540, 1200) == "10 min (9.0 to 20)"
     assert [_gib(n << 20) for n in (45, 163 << 10, 1309 << 10)] == ["45.0 MiB", "163.0 GiB", "1,309 GiB"]
+
+
+def test_a_table_of_unknown_words_is_said() -> None:
+    """Not counted yet: the most that it may be, and a note."""
+    words = validate({"train": {"batch_size": 8}})
+    found = plan(words, cluster(1))
+    assert any("captions are not here" in note for note in found.notes)
+    assert planning.as_json(found)["notes"] == list(found.notes)
+    assert plan(config(), cluster()).notes == ("the data are not here: their features count as stored; --encoders online "
+                                               "counts the encoders",)  # fmt: skip

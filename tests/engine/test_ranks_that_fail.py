@@ -95,13 +95,12 @@ def test_a_run_that_draws_with_diffusers_is_refused_before_its_first_step(
 def test_offload_that_the_host_cannot_hold_is_refused(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The machine has almost nothing left; the same run without offload is not asked about it."""
+    """The device has room, the host has almost nothing left."""
     monkeypatch.setattr(prepare, "_free_memory", lambda world: Free(1 << 40, 1 << 10))
     config = small_config(shapes, deepspeed={"offload_optimizer": "cpu"})
     assert train_ranks(1, config, tmp_path / "run") == [2]
     assert "ConfigError: host memory would have to hold" in capfd.readouterr().out
     assert not (tmp_path / "run").exists()
-    assert train_ranks(1, small_config(shapes, train={"steps": 1}), tmp_path / "plain") == [0]
 
 
 # --- rendezvous -------------------------------------------------------------------------------------------------------
@@ -131,7 +130,7 @@ def test_a_rank_that_is_alone_says_for_whom_it_waited(
     )
     for word in ("MASTER_ADDR", "MASTER_PORT", "launch.timeout_minutes", "start rank 0" if rank else "start all ranks"):
         assert word in message
-    assert 1.5 / 2 < float(waited)
+    assert float(waited) > 1.5 / 2
     assert "frame #" not in message + capfd.readouterr().err  # of torch's C++
 
 
@@ -141,7 +140,9 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
         names = {"WORLD_SIZE": "2", "MASTER_PORT": port}
         assert run_ranks(1, alone, tmp_path / "said", environment=names) == [0]
     message = (tmp_path / "said").read_text()
-    assert f"RendezvousError: rank 0 cannot listen at 127.0.0.1:{port} (" in message and "another MASTER_PORT" in message
+    assert (
+        f"RendezvousError: rank 0 cannot listen at 127.0.0.1:{port} (" in message and "another MASTER_PORT" in message
+    )
 
 
 def test_what_torch_adds_to_its_first_line_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from functools import partialmethod
 from pathlib import Path
 
 import pytest
+import torch
 from torch._dynamo.utils import counters
 
 from longskip.engine.config import Config
@@ -23,6 +24,8 @@ def compare(shapes: Path, tmp_path: Path, backend: str, stage: int, ranks: int, 
 
     def train_with(config: Config, run: Path) -> int:
         UViT.compile_blocks = partialmethod(UViT.compile_blocks, backend)  # in the forked rank alone
+        torch._dynamo.reset()  # whatever the forking process compiled before
+        counters.clear()
         code = train(config, run)
         # Blocks with and without a skip, in training and in the validation at steps 5 and 10.
         assert counters["stats"]["unique_graphs"] == (4 if config.engine.compile else 0)

@@ -31,7 +31,7 @@ def _compare(stage: int, dtype: str, layout: str, accumulation: int, groups: dic
     assert abs(step - lived["step"]) <= 1e-4 * lived["step"]
     passes = max(form.backward.total, form.reduce.total) + form.host
     if dtype == "fp32":  # in bf16 a CPU keeps float32 copies for its norms, which the form does not count
-        assert abs(passes - lived["passes"]) <= 0.03 * lived["passes"], (form, lived)
+        assert -0.01 <= (passes - lived["passes"]) / lived["passes"] <= 0.04, (form, lived)
     return 0
 
 
@@ -60,5 +60,6 @@ def test_what_a_rank_holds_is_foretold(
     stage: int, dtype: str, layout: str, accumulation: int, groups: dict[str, Any]
 ) -> None:
     """Weights, gradients, masters, moments, EMA and buffers after the backward pass, and the step's peak, to a ten
-    thousandth; the peak of the passes, which depends on when DeepSpeed lets go of a buffer, within three hundredths."""
+    thousandth; the peak of the passes, which depends on when DeepSpeed lets go of a buffer, not too low by a hundredth nor
+    too high by four: at the stages 1 and 2 a bucket and its joined copy are taken to stand together."""
     assert run_ranks(2, _compare, stage, dtype, layout, accumulation, groups) == [0, 0]

@@ -69,10 +69,6 @@ class Row:
         return self.part in ("model", "text")
 
     @property
-    def model_macs(self) -> int:
-        return 3 * self.forward.macs if self.trained else 0
-
-    @property
     def hardware_macs(self) -> int:
         return self.forward.macs + self.backward.macs + self.recomputed.macs + self.repeated_macs
 

@@ -14,7 +14,7 @@ from longskip.errors import SpecError
 from longskip.models.calls import UnitCalls
 from longskip.models.uvit_calls import uvit_calls, word_encoder_calls
 
-__all__ = ["Flops", "ParamCounts", "ParamSpec", "SavedBytes", "TextEncoderSpec", "UViTSpec"]
+__all__ = ["Contractions", "Flops", "ParamCounts", "ParamSpec", "SavedBytes", "TextEncoderSpec", "UViTSpec"]
 
 NORM_EPS = 1e-5
 
@@ -53,17 +53,9 @@ class ParamCounts:
         return self.per_token + self.per_image + self.partial
 
 
-@dataclass(frozen=True)
-class Flops:
-    """Contractions of one forward pass of a batch: linear, convolution, QKᵀ and PV; no norms, softmax, biases.
+class Contractions:
+    """Multiply-adds by op, and what follows from them; 2 FLOPs per multiply-add."""
 
-    ``macs_by_op`` holds multiply-adds; ``flops`` = 2 × ``macs``; ``model_flops`` = 3 × ``flops`` (forward and backward,
-    nothing recomputed). ``tokens`` = label + time + text + image tokens of the batch.
-    """
-
-    batch: int
-    tokens: int
-    image_tokens: int
     macs_by_op: dict[str, int]
 
     @property
@@ -77,6 +69,20 @@ class Flops:
     @property
     def flops(self) -> int:
         return 2 * self.macs
+
+
+@dataclass(frozen=True)
+class Flops(Contractions):
+    """Contractions of one forward pass of a batch: linear, convolution, QKᵀ and PV; no norms, softmax, biases.
+
+    ``macs_by_op`` holds multiply-adds; ``flops`` = 2 × ``macs``; ``model_flops`` = 3 × ``flops`` (forward and backward,
+    nothing recomputed). ``tokens`` = label + time + text + image tokens of the batch.
+    """
+
+    batch: int
+    tokens: int
+    image_tokens: int
+    macs_by_op: dict[str, int]
 
     @property
     def model_flops(self) -> int:

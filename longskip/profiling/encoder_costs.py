@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from longskip.errors import EncoderError, SpecError, did_you_mean
+from longskip.models.specs import Contractions
 
 __all__ = ["KNOWN", "EncoderCost", "encoder_cost"]
 
@@ -19,7 +20,7 @@ Layer = tuple[str, int, int]  # the part it belongs to, multiply-adds of one pic
 
 
 @dataclass(frozen=True)
-class EncoderCost:
+class EncoderCost(Contractions):
     """Contractions of one forward pass of ``batch`` pictures or texts, and the parameters of what runs for them.
 
     ``macs_by_op`` holds multiply-adds (linear, convolution, QKᵀ and PV, a causal mask's half included, since it is
@@ -32,19 +33,6 @@ class EncoderCost:
     tokens: int
     macs_by_op: dict[str, int]
     parameters_by_part: dict[str, int]
-
-    @property
-    def macs(self) -> int:
-        return sum(self.macs_by_op.values())
-
-    @property
-    def flops_by_op(self) -> dict[str, int]:
-        return {op: 2 * macs for op, macs in self.macs_by_op.items()}
-
-    @property
-    def flops(self) -> int:
-        """2 per multiply-add."""
-        return 2 * self.macs
 
     @property
     def parameters(self) -> int:

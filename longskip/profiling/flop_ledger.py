@@ -270,17 +270,18 @@ def _row(
             once = backward.macs - formula.backward(**call.sizes).macs
             backward = replace(backward, macs=backward.macs - once)
             repeated = once * (3 if backend == "triton" and not _short(call) else 1)
+    again = _again(call, forward, backend, itemsize) if recomputed else _NOTHING
     padded = 0
     if padding is not None and backend == "triton":
         beyond = padding(call)
-        padded = (2 if recomputed and not call.tail else 1) * beyond.forward + beyond.backward
+        padded = (1 + bool(again.macs)) * beyond.forward + beyond.backward
     return Row(
         units=units,
         name=call.name,
         op=call.op,
         forward=times * forward,
         backward=times * backward,
-        recomputed=times * (_again(call, forward, backend, itemsize) if recomputed else _NOTHING),
+        recomputed=times * again,
         repeated_macs=times * repeated,
         padded_macs=times * padded,
         tokens=call.tokens,

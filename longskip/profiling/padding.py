@@ -61,8 +61,11 @@ def _padding(op: str, sizes: tuple[tuple[str, int], ...], capability: int, items
 
     given = dict(sizes)
     leaves = _operands(op, given, _DTYPES[itemsize])
+    masked: dict[str, Any] = {}
+    if given.get("masked"):  # other kernels and tiles serve a mask
+        masked["key_mask"] = torch.ones(given["batch"], given["keys"], dtype=torch.bool, device="meta")
     with jit.captured(jit.TARGETS[capability]) as launched, kernels.use("triton", op):
-        out = getattr(kernels, op)(*leaves)
+        out = getattr(kernels, op)(*leaves, **masked)
         of_forward = len(launched)
         torch.autograd.grad(out, [leaf for leaf in leaves if leaf is not None], torch.empty_like(out))
         launches = list(launched)

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from longskip import kernels
 from longskip.errors import ConfigError, SpecError
+from longskip.kernels import jit
 from longskip.kernels.formulas import OpCost
+from longskip.models.calls import Call
 from longskip.models.conditioning import Conditioning
 from longskip.models.presets import PRESETS, preset
 from longskip.models.specs import TextEncoderSpec, UViTSpec
@@ -284,6 +286,23 @@ def test_padding_is_what_the_tiles_hold_beyond_the_shape(on_h200: Any) -> None:
     assert on_h200(call) == Padding(0, 0)
 
 
+def test_a_mask_is_padded_in_the_tiles_that_serve_it(on_h200: Any) -> None:
+    """Of a masked call the streamed forward, whose blocks of queries are 128, as captured."""
+    spec = preset("uvit-0.3b", latent_size=(24, 24))  # 1 + 77 + 144 = 222 tokens: 256 queries, 256 keys
+    plain, masked = (
+        next(c for unit in spec.calls(batch=16, masked=mask) for c in unit.calls if c.op == "attention")
+        for mask in (False, True)
+    )
+    assert masked.sizes["masked"] == 1 and plain.sizes["masked"] == 0
+    with jit.captured(jit.TARGETS[90]) as launched, kernels.use("triton", "attention"):
+        q = torch.empty(16, 222, 16, 64, device="meta")
+        kernels.attention(q, q, q, key_mask=torch.ones(16, 222, dtype=torch.bool, device="meta"))
+    (launch,) = launched
+    assert launch.kernel.__name__ == "_attention_forward"
+    queries, keys = (-(-222 // launch.constants[name]) * launch.constants[name] for name in ("BLOCK_Q", "BLOCK_K"))
+    assert on_h200(masked).forward == 2 * 16 * 16 * 64 * (queries * keys - 222 * 222)
+
+
 def test_the_ledger_books_padding_beside_the_declared(on_h200: Any) -> None:
     spec = preset("uvit-0.3b")
     plain = flop_ledger(spec, batch=8, backend="triton")
@@ -294,6 +313,18 @@ def test_the_ledger_books_padding_beside_the_declared(on_h200: Any) -> None:
     assert flop_ledger(spec, batch=8, backend="torch", padding=on_h200).padded_flops == 0
     again = flop_ledger(spec, batch=8, backend="triton", padding=on_h200, checkpointing=1)
     assert again.padded_flops == spec.n_blocks * 2 * 9 * once
+
+
+def test_a_fused_mlp_that_is_computed_again_pads_again() -> None:
+    """The last op of a checkpointed block: as one op it runs whole, in plain torch it ends before its second product."""
+
+    def beyond(call: Call) -> Padding:
+        return Padding(5, 7) if call.op == "mlp" else Padding()
+
+    blocks = SMALL.n_blocks
+    for checkpointing, each in ((0, 5 + 7), (1, 2 * 5 + 7)):
+        ledger = flop_ledger(SMALL, backend="triton", checkpointing=checkpointing, padding=beyond)
+        assert ledger.padded_flops == 2 * blocks * each
 
 
 def test_padding_of_our_own_products(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,13 +214,18 @@ class Job:
             for entry in bad:
                 append_json(self.run / "bad_samples.jsonl", entry | {"step": self.state.step + 1})
         finite = math.isfinite(loss_sum)
-        total, n_bad, stop, broken = all_reduce_sum(
-            [loss_sum if finite else 0.0, float(len(bad)), float(signals.asked()), float(not finite)],
-            self.world.device,
+        told = self._tell(
+            {
+                "loss": loss_sum if finite else 0.0,
+                "bad": len(bad),
+                "stop": signals.asked(),
+                "broken": not finite,
+            }
         )
-        self.stopping = stop > 0
-        if broken:
-            raise self._not_finite(f"loss is not finite on {round(broken)} rank(s)", micro_batches)
+        self.stopping = told["stop"] > 0
+        if told["broken"]:
+            raise self._not_finite(f"loss is not finite on {round(told['broken'])} rank(s)", micro_batches)
+        total, n_bad = told["loss"], told["bad"]
         self.state.losses.append(total / self.batch.total)
         self._ledger_losses.append(total / self.batch.total)
         self.state.bad_samples += round(n_bad)
@@ -233,6 +238,10 @@ class Job:
             )
             error.alike = True
             raise error
+
+    def _tell(self, figures: dict[str, float]) -> dict[str, float]:
+        """The step's control figures summed over all ranks, in one small all-reduce; each rank names the same ones."""
+        return dict(zip(figures, all_reduce_sum([float(v) for v in figures.values()], self.world.device), strict=True))
 
     def _take_step(self, micro_batches: list[MicroBatch]) -> float:
         """Clip, update, average; returns the global gradient norm before clipping.

@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from longskip.profiling import units
-from longskip.profiling.laws import LANGUAGE_LAWS, TIFA_FITTED_ON, times_text
-from longskip.profiling.predicted import prediction_rows, rough_count, shown
+from longskip.profiling.laws import LANGUAGE_LAWS, TIFA_FITTED_ON, intervals_at, times_text
+from longskip.profiling.predicted import prediction_rows, rough_count, shown, span_text
 
 if TYPE_CHECKING:
     from longskip.profiling.budget import Amount, RunBudget
@@ -147,13 +147,17 @@ def print_plan(plan: Plan) -> None:
         + (f", fitted on {escape(law.fitted_on)}" if law.fitted_on else ""),
         soft_wrap=True,
     )
+    spans = {name: span_text(span, far, name) for name, span in intervals_at(law, best.flops).items()}
     console.print(
-        f"N_opt {rough_count(best.params, far)} parameters · D_opt {rough_count(best.tokens, far)} {law.tokens} tokens"
+        f"N_opt {rough_count(best.params, far)}{spans.get('params', '')} parameters · "
+        f"D_opt {rough_count(best.tokens, far)}{spans.get('tokens', '')} {law.tokens} tokens"
         f"{'' if law.tokens == 'image' else ' (time, text and image)'}",
         soft_wrap=True,
     )
     whose = "a language model's loss" if law.name in LANGUAGE_LAWS else "loss"
-    expected = [f"{whose} {shown(best.loss, far, '{:.4f}'.format)}"] if best.loss is not None else []
+    expected = (
+        [f"{whose} {shown(best.loss, far, '{:.4f}'.format)}{spans.get('loss', '')}"] if best.loss is not None else []
+    )
     expected += [f"FID {shown(best.fid, far, '{:.1f}'.format)}"] if best.fid is not None else []
     console.print(f"predicted: {', '.join(expected) or 'no loss'}; {best.range_note}", soft_wrap=True)
     tifa = ", ".join(
@@ -192,6 +196,8 @@ def print_plan(plan: Plan) -> None:
         f"model.n_heads={shape.n_heads}",
         soft_wrap=True,
     )
+    if spans:
+        console.print("in brackets: 95% intervals of the law's own fit, not of one more training", soft_wrap=True)
     for note in plan.notes:
         if note == NO_MFU:  # stands above, where the hours would
             continue

@@ -161,7 +161,7 @@ def fit(
         if value not in known:
             raise ConfigError(f"{option} {value!r} is unknown", cure=f"one of {', '.join(known)}")
     from longskip.profiling.fits import fit_frontier, fit_isoflop
-    from longskip.profiling.laws import MOST_FLOPS
+    from longskip.profiling.laws import MOST_FLOPS, interval_budgets
     from longskip.profiling.outputs import json_text, made_folder, write_json
     from longskip.profiling.parametric import fit_parametric
 
@@ -175,7 +175,7 @@ def fit(
         law=replace(
             found.law,
             fitted_on=f"{len(points)} trainings from {origin}",
-            intervals=found.law.intervals | {"at": [one.as_json() for one in predictions]},
+            intervals=found.law.intervals | {"at": [found.predict(c).as_json() for c in interval_budgets(low, high)]},
         ),
         warnings=(*doubts, *found.warnings),
     )

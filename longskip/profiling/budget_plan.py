@@ -21,6 +21,7 @@ from longskip.profiling.laws import (
     Optimum,
     ParametricLaw,
     bounded,
+    intervals_at,
     positive_budget,
 )
 
@@ -111,7 +112,9 @@ class Plan:
         return {
             "flops": self.flops,
             "law": law,
-            "optimum": asdict(self.optimum) | {"range": self.optimum.range_note},
+            "optimum": asdict(self.optimum)
+            | {"range": self.optimum.range_note}
+            | {f"{name}_interval": list(span) for name, span in intervals_at(self.law, self.flops).items()},
             "batch": self.batch,
             "latent_size": list(self.latent_size),
             "candidates": [candidate.as_json() for candidate in self.candidates],

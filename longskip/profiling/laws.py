@@ -274,6 +274,44 @@ def times_text(times: float) -> str:
     return f"{text}\N{MULTIPLICATION SIGN}"
 
 
+def interval_budgets(low: float, high: float) -> list[float]:
+    """Budgets at which a fit keeps its intervals: three a decade from a tenth of ``low`` to 10,000 times ``high``."""
+    first, last = low / 10, min(1e4 * high, MOST_FLOPS)
+    count = math.ceil(3 * math.log10(last / first))
+    return [*(first * (last / first) ** (k / count) for k in range(count)), last]
+
+
+def intervals_at(law: Law, flops: float) -> dict[str, Interval]:
+    """The intervals of a fit of one's own at a budget, by ``params``, ``tokens`` and ``loss``.
+
+    Between the two nearest budgets that the law's file keeps them at, straight in log–log; nothing for what has none,
+    or for a budget outside of those.
+    """
+    kept = law.intervals.get("at")
+    points = [one for one in kept if isinstance(one, Mapping)] if isinstance(kept, list) else []
+    found: dict[str, Interval] = {}
+    for name in ("params", "tokens", "loss"):
+        spans = [(one.get("flops"), one.get(f"{name}_interval")) for one in points]
+        ends = [(float(c), (span[0], span[1])) for c, span in spans if c is not None and span and _spans(span, c)]
+        below = max((end for end in ends if end[0] <= flops), default=None, key=lambda end: end[0])
+        above = min((end for end in ends if end[0] >= flops), default=None, key=lambda end: end[0])
+        if below is None or above is None:
+            continue
+        apart = math.log(above[0] / below[0])
+        share = math.log(flops / below[0]) / apart if apart else 0.0
+        low, high = (
+            math.exp((1 - share) * math.log(a) + share * math.log(b)) for a, b in zip(below[1], above[1], strict=True)
+        )
+        found[name] = (low, high)
+    return found
+
+
+def _spans(span: Any, flops: Any) -> bool:
+    """Whether a file's ``[low, high]`` at a budget are numbers to reckon with."""
+    numbers = [*span, flops] if isinstance(span, (list, tuple)) and len(span) == 2 else [None]
+    return all(isinstance(n, (int, float)) and not isinstance(n, bool) and 0 < n < math.inf for n in numbers)
+
+
 def bounded(option: str, value: float | None, most: float) -> float | None:
     """A price or a power as it was given; ConfigError where it is not between 0 and ``most``."""
     if value is not None and not 0 <= value <= most:

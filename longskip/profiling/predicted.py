@@ -10,8 +10,9 @@ from longskip.profiling import units
 
 if TYPE_CHECKING:
     from longskip.profiling.fits import Prediction
+    from longskip.profiling.laws import Interval
 
-__all__ = ["FAR", "prediction_rows", "rough_count", "shown"]
+__all__ = ["FAR", "prediction_rows", "rough_count", "shown", "span_text"]
 
 _ROUGH = "≈ "
 FAR = 30.0  # times beyond the fitted budgets: as far again as the span of most fits
@@ -34,6 +35,15 @@ def rough_count(value: float, extrapolation: float | None) -> str:
         if value >= 0.995 * scale:
             return f"{_ROUGH}{_two_digits(value / scale)} {letter}"
     return _ROUGH + _two_digits(value)
+
+
+def span_text(span: Interval, extrapolation: float | None, name: str) -> str:
+    """`` (LOW to HIGH)`` of an interval of ``params``, ``tokens`` or ``loss``, as exact as the value beside it."""
+    ends = [
+        shown(end, extrapolation, "{:.4f}".format) if name == "loss" else rough_count(end, extrapolation)
+        for end in span
+    ]
+    return f" ({' to '.join(end.removeprefix(_ROUGH) for end in ends)})"
 
 
 def prediction_rows(predictions: Sequence[Prediction]) -> list[tuple[str, ...]]:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from longskip.launcher.cli import main
 from longskip.profiling.hardware import find
-from longskip.profiling.laws import DIT_IN_CONTEXT, ParametricLaw
+from longskip.profiling.laws import DIT_IN_CONTEXT, FrontierLaw, ParametricLaw, PowerLaw
 from tests.budget_runs import small_spec, write_run
 
 SURFACE = ParametricLaw("truth", "", 0.7, 30.0, 0.33, 60.0, 0.29)
@@ -275,12 +275,20 @@ def test_fit_of_a_csv_then_a_plan_by_it(budget, in_tmp: Path) -> None:
     assert body["law"] == law and len(body["minima"]) == 6 and law["fitted_on"] == "30 trainings from points.csv"
     low, high = law["intervals"]["params"]["exponent"]
     assert low <= law["params"]["exponent"] <= high
-    assert [one["extrapolation"] for one in law["intervals"]["at"]] == pytest.approx([1, 1, 10, 100])
+    at = [one["flops"] for one in law["intervals"]["at"]]
+    assert (at[0], at[-1]) == pytest.approx((1e16, 6e22)) and len(at) > 20
     for one in law["intervals"]["at"]:
         for name in ("params", "tokens", "loss"):
             low, high = one[f"{name}_interval"]
             assert low * (1 - 1e-9) <= one[name] <= high * (1 + 1e-9)
-    assert "fitted on 30 trainings from points.csv" in budget("plan", "--flops", "1e19", "--law", "fit/law.json").out
+    said = budget("plan", "--flops", "1e19", "--law", "fit/law.json").out
+    assert "fitted on 30 trainings from points.csv" in said and "95% intervals" in said
+    low, high = json.loads(budget("plan", "--flops", "1e19", "--law", "fit/law.json", "--json").out)["optimum"][
+        "params_interval"
+    ]
+    assert (
+        low <= FrontierLaw("", "", *(PowerLaw(**law[name]) for name in ("params", "data"))).params(1e19) <= high * 1.001
+    )
 
 
 def test_fit_warns_of_other_units_and_of_a_loss_that_flattens(budget, in_tmp: Path) -> None:

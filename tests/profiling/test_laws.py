@@ -34,6 +34,8 @@ from longskip.profiling.laws import (
     PowerLaw,
     bounded,
     find_law,
+    interval_budgets,
+    intervals_at,
     load_law,
     times_text,
 )
@@ -563,3 +565,28 @@ def test_prices_and_powers_are_bounded(value: float) -> None:
     with pytest.raises(ConfigError, match="price"):
         bounded("price", value, 1e9)
     assert bounded("price", None, 1e9) is None and bounded("price", 0.0, 1e9) == 0.0
+
+
+def test_a_laws_file_tells_its_intervals_at_any_budget(tmp_path: Path) -> None:
+    """Between the budgets that they are kept at they are those of the fit itself, to a hundredth of their width."""
+    points = [p for i, c in enumerate(BUDGETS) for p in valley(c, (0.3, 0.6, 1.1, 2, 3.5), noise=0.002, seed=i)]
+    fit = fit_isoflop(points)
+    low, high = fit.law.budgets or (0.0, 0.0)
+    kept = [fit.predict(c).as_json() for c in interval_budgets(low, high)]
+    assert (kept[0]["flops"], kept[-1]["flops"]) == pytest.approx((low / 10, 1e4 * high))
+    (tmp_path / "law.json").write_text(json.dumps(replace(fit.law, intervals={"at": kept}).as_json()))
+    law = load_law(tmp_path / "law.json")
+    for c in (low / 10, low, 1.7 * low, high, 37 * high, 1e4 * high):
+        said, own = intervals_at(law, c), fit.predict(c)
+        for name in ("params", "tokens", "loss"):
+            a, b = (np.log(span) for span in (said[name], getattr(own, name)))
+            assert np.abs(a - b).max() < 0.05 * (b[1] - b[0]), (c, name)
+    assert intervals_at(law, 1.1e4 * high) == {} == intervals_at(law, low / 11)
+    for strange in (
+        "all",
+        [1],
+        [{"flops": 1e18}],
+        [{"flops": "x", "params_interval": [1, 2]}],
+        [{"params_interval": 3}],
+    ):
+        assert intervals_at(replace(law, intervals={"at": strange}), 1e18) == {}

@@ -152,7 +152,8 @@ def _on_device(found: Profile) -> list[tuple[str, str]]:
     mfu = "" if predicted.mfu is None else f", MFU {share(predicted.mfu)}, HFU {share(predicted.hfu)}"
     images = f"{rate(predicted.images_per_second)} images/s"
     rest += "; processor time, not the wall clock's" if device.measured else ""
-    return [*rows, ("predicted step", f"{seconds(predicted.seconds)}, {images}{mfu}; one device, {rest}")]
+    spread = "" if predicted.certain else f" ({seconds(predicted.fastest)} to {seconds(predicted.slowest)})"
+    return [*rows, ("predicted step", f"{seconds(predicted.seconds)}{spread}, {images}{mfu}; one device, {rest}")]
 
 
 def _without_optimizer(found: Profile) -> str:

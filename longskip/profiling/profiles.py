@@ -243,6 +243,7 @@ class Profile:
             "bound_seconds": self.bound_seconds,
             "mfu_ceiling": self.mfu_ceiling,
             "predicted_seconds": found.seconds,
+            "predicted_seconds_range": [found.fastest, found.slowest],
             "predicted_mfu": found.mfu,
             "measured_share": found.measured_share,
             "assumptions": list(found.assumptions),

@@ -206,6 +206,10 @@ def test_no_op_is_above_the_roof_and_no_prediction_below_the_bound(gpu: str, pre
         assert bound.attainable <= min(peak, (bound.intensity or math.inf) * device.bandwidth) * (1 + 1e-9)
     predicted = found.prediction
     assert predicted is not None and predicted.seconds > found.bound_seconds
+    low, high = found.to_json()["device"]["predicted_seconds_range"]
+    (text,) = (text for name, text in figures(found) if name == "predicted step")
+    assert found.bound_seconds < low < predicted.seconds < high
+    assert f"({seconds(low)} to {seconds(high)})" in text
     assert ceiling is not None and predicted.mfu is not None and predicted.mfu < ceiling < 1
     assert {bound.phase for bound in found.bounds} == {"forward", "backward", "recomputed"}
 

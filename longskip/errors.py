@@ -27,11 +27,13 @@ class LongskipError(Exception):
     """Base of everything longskip raises on purpose; shown without a traceback by the command line.
 
     ``cure`` says what the user can do; it is appended to the message. ``alike`` is set where every rank raises the same
-    error, so that it is shown once.
+    error, so that it is shown once. ``final`` is set where a start from the last commit would meet the same again, so
+    that a supervisor does not try.
     """
 
     exit_code = EXIT_FAILED
     alike = False
+    final: bool = False
 
     def __init__(self, message: str, *, cure: str | None = None) -> None:
         self.message = message
@@ -54,6 +56,7 @@ class ConfigError(LongskipError):
     """A configuration that cannot be run: unknown key, wrong type, contradiction."""
 
     exit_code = EXIT_USAGE
+    final = True
 
 
 class SpecError(ConfigError):
@@ -123,9 +126,29 @@ class RendezvousError(LongskipError):
     """Ranks of one job that did not find each other in time."""
 
 
+class PreflightError(ConfigError):
+    """Nodes that do not fit one another or the run, found before the first step."""
+
+
+class PeerLostError(LongskipError):
+    """Another rank of this job that died or cannot be reached any more, met in a collective."""
+
+
 class RunLockedError(LongskipError):
     """A second job on a run folder that another one owns."""
 
 
 class NonFiniteLossError(LongskipError):
-    """The loss became NaN or infinite; the optimizer step was not taken."""
+    """The loss or the gradient became NaN or infinite in too many steps in a row; none of them moved a weight."""
+
+    final = True
+
+
+class SpikeError(LongskipError):
+    """Losses that jump again after as many rollbacks as are allowed between two commits."""
+
+    final = True
+
+
+class DesyncError(LongskipError):
+    """Ranks that differ in what must be the same on all of them; a start from the last commit makes them alike again."""

@@ -234,19 +234,26 @@ def _batches(config: Config, world: World, count: int) -> list[MicroBatch]:
 
 
 def run_ranks(contender: Contender, config: Config, steps: int, threads: int, folder: Path) -> None:
-    """``measure`` in fresh processes, a process group of their own; what they print goes into ``folder``.
+    """``measure`` in fresh processes, a process group of their own; what they print goes into ``folder``."""
+    folder.mkdir()
+    start_ranks(contender.ranks, measure, (contender, config, steps, folder), threads, folder, contender.title)
+
+
+def start_ranks(
+    ranks: int, act: Callable[..., None], arguments: Sequence[Any], threads: int, folder: Path, title: str
+) -> None:
+    """``act(*arguments)`` in ``ranks`` fresh processes that can join one process group; their logs lie in ``folder``.
 
     Forked on a CPU, where what is imported here need not be imported there; CUDA does not survive a fork. Raises
     LongskipError with the last lines of a rank that failed.
     """
-    folder.mkdir()
     context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
     port, processes = free_port(), []
-    for rank in range(contender.ranks):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": contender.ranks, "MASTER_PORT": port}
+    for rank in range(ranks):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
         environment = {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
-        arguments = (environment, threads, folder / f"rank-{rank}.log", contender, config, steps, folder)
-        processes.append(context.Process(target=_rank, args=arguments, daemon=True))
+        given = (environment, threads, folder / f"rank-{rank}.log", act, *arguments)
+        processes.append(context.Process(target=_rank, args=given, daemon=True))
         processes[-1].start()
     deadline = time.monotonic() + TIME_LIMIT
     while any(process.exitcode is None for process in processes) and time.monotonic() < deadline:
@@ -260,21 +267,19 @@ def run_ranks(contender: Contender, config: Config, steps: int, threads: int, fo
     for rank, code in enumerate(ended):
         if code:
             last = "\n".join((folder / f"rank-{rank}.log").read_text("utf-8").splitlines()[-12:])
-            raise LongskipError(f"{contender.title}: rank {rank} ended with {code}\n{last}")
+            raise LongskipError(f"{title}: rank {rank} ended with {code}\n{last}")
     if None in ended:
-        raise LongskipError(
-            f"{contender.title}: not done after {TIME_LIMIT:.0f} s", cure="take a smaller model or fewer --steps"
-        )
+        raise LongskipError(f"{title}: not done after {TIME_LIMIT:.0f} s", cure="take a smaller model or fewer steps")
 
 
-def _rank(environment: dict[str, str], threads: int, log: Path, *arguments: Any) -> None:
+def _rank(environment: dict[str, str], threads: int, log: Path, act: Callable[..., None], *arguments: Any) -> None:
     os.environ.update(environment)
     torch.set_num_threads(threads)
     with log.open("w") as stream:
         for number in (1, 2):
             os.dup2(stream.fileno(), number)
         try:
-            measure(*arguments)
+            act(*arguments)
         except BaseException:
             traceback.print_exc(file=stream)
             stream.flush()

@@ -12,18 +12,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from longskip.engine import faults
-from longskip.engine.data.hashes import stream_sha256
+from longskip.engine.data.hashes import file_sha256
 from longskip.engine.distributed import barrier, broadcast_object, gather_objects
+from longskip.engine.durable import Disk
+from longskip.engine.jsonfiles import read_object
 from longskip.errors import CheckpointError, DiskFullError
 
 if TYPE_CHECKING:
@@ -37,63 +41,161 @@ FORMAT, VERSION = "longskip-checkpoint", 1
 FILES: dict[str, tuple[Kind, ...]] = {"weights": ("weight", "ema"), "moments": ("exp_avg", "exp_avg_sq")}
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 _NOT_THE_MODEL = ("pos_init", "out_channels")
+_RUN = re.compile(r"([^@]+)@([0-9]{1,18})")
 _STEP = re.compile(r"^step-(\d{8})$")
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
 
+Pieces = Callable[["Slice", "Kind"], "Iterable[torch.Tensor]"]
 
-def save(checkpoints: Path, step: int, shards: Shards, state: dict[str, Any], *, keep_last: int) -> Path:
+
+def save(
+    checkpoints: Path, step: int, shards: Shards, state: dict[str, Any], *, keep_last: int, keep_every: int = 0
+) -> Path:
     """Commit a checkpoint of ``step``; every rank calls it at the same step and returns after the commit.
 
     Raises DiskFullError or CheckpointError on all ranks alike, with the earlier checkpoints intact.
     """
-    final, temporary = checkpoints / f"step-{step:08d}", checkpoints / f"step-{step:08d}.tmp"
-    faults.point("save.begin", step=step)
-    rooms: list[Any] = gather_objects(_attempt(lambda: _make_room(temporary, shards)))
-    failed = [room for room in rooms if "error" in room] or _without_room(checkpoints, rooms)
-    if not failed:
-        parts: list[Any] = gather_objects(_attempt(lambda: {"files": _write_rank(temporary, step, shards)}))
-        failed = [part for part in parts if "error" in part]
-    if not failed:
-        files = {name: entry for part in parts for name, entry in part["files"].items()}
+    draft = Draft(checkpoints, step, shards, keep_last, keep_every)
+    draft.open()
+    draft.join(draft.write(partial(live, shards)))
+    draft.close(draft.commit(json.dumps(state, indent=1)) if shards.rank == 0 else None)
+    return draft.final
 
-        def commit() -> dict[str, Any]:
-            _commit(temporary, final, step, shards, state, files)
-            _prune(checkpoints, keep_last, final)
-            return {}
 
-        committed: Any = broadcast_object(_attempt(commit) if shards.rank == 0 else None)
-        failed = [committed] if "error" in committed else []
-    if failed:
-        if shards.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+@dataclass
+class Draft:
+    """A checkpoint in the making, by the verbs that a save is made of, in their order.
+
+    ``open``, ``join`` and ``close`` are for all ranks together; they raise DiskFullError or CheckpointError on all of them,
+    the folder removed. ``write`` (each rank's own files) and ``commit`` (the first rank's) speak to no other rank and may run
+    in a thread; a failure of theirs is a value, to be given to the next verb.
+    """
+
+    checkpoints: Path
+    step: int
+    shards: Shards
+    keep_last: int
+    keep_every: int = 0
+    records: tuple[Path, ...] = ()  # files that must be on the disk before this checkpoint is seen
+
+    def __post_init__(self) -> None:
+        self.final = self.checkpoints / f"step-{self.step:08d}"
+        self.temporary = self.checkpoints / f"step-{self.step:08d}.tmp"
+        self.disk = Disk(self.step)
+        self._files: dict[str, dict[str, Any]] = {}
+
+    def open(self, **told: Any) -> list[dict[str, Any]]:
+        """Make room for it; returns what each rank ``told``, in their order."""
+        faults.point("save.begin", step=self.step)
+        rooms: list[Any] = gather_objects(attempt(lambda: self._room() | told))
+        failed = [room for room in rooms if "error" in room] or _without_room(self.checkpoints, rooms)
+        if failed:
+            raise self._failed(failed)
+        return rooms
+
+    def write(self, pieces: Pieces) -> dict[str, Any]:
+        """This rank's files, of what ``pieces`` gives for its slices."""
+        return attempt(lambda: {"files": self._write(pieces)})
+
+    def join(self, part: dict[str, Any]) -> None:
+        """Learn of every rank's files, given what this one's ``write`` returned."""
+        parts: list[Any] = gather_objects(part)
+        if failed := [part for part in parts if "error" in part]:
+            raise self._failed(failed)
+        self._files = {name: entry for part in parts for name, entry in part["files"].items()}
+
+    def commit(self, state: str) -> dict[str, Any]:
+        """The one rename that makes it a checkpoint, and the removal of old ones; ``state``: the text of state.json."""
+        return attempt(lambda: self._commit(state))
+
+    def close(self, committed: dict[str, Any] | None) -> dict[str, Any]:
+        """What ``commit`` returned on the first rank, which gives it; all ranks learn whether it was committed."""
+        agreed: Any = broadcast_object(committed)
+        if "error" in agreed:
+            raise self._failed([agreed])
+        faults.point("save.done", step=self.step)
+        return agreed  # type: ignore[no-any-return]
+
+    def _failed(self, failed: list[dict[str, Any]]) -> CheckpointError:
+        if self.shards.rank == 0:
+            shutil.rmtree(self.temporary, ignore_errors=True)
         barrier()
         kind = DiskFullError if any(part["disk_full"] for part in failed) else CheckpointError
-        error = kind(f"checkpoint of step {step} was not written: {failed[0]['error']}", cure=f"free space for {final}")
+        what = f"checkpoint of step {self.step} was not written: {failed[0]['error']}"
+        error = kind(what, cure=f"free space for {self.final}")
         error.alike = True
-        raise error
-    faults.point("save.done", step=step)
-    return final
+        return error
+
+    def _room(self) -> dict[str, Any]:
+        """What this rank will write, in bytes of fp32; rank 0 makes the folder anew and sees what is free there."""
+        shards = self.shards
+        room = {"needed": 4 * sum(item.numel for item in shards.owned()) * sum(map(len, FILES.values()))}
+        if shards.rank == 0:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            self.temporary.mkdir(parents=True)
+            room["free"] = shutil.disk_usage(self.temporary).free
+        return room
+
+    def _write(self, pieces: Pieces) -> dict[str, dict[str, Any]]:
+        import torch
+
+        from longskip.engine.tensorfiles import Entry, write_tensors
+
+        sealed, owned = {}, self.shards.owned()
+        for stem, kinds in FILES.items():
+            name = f"{stem}-{self.shards.rank:05d}.safetensors"
+            entries = [
+                Entry(f"{kind}/{item.name}@{item.offset}", (item.numel,), torch.float32, partial(pieces, item, kind))
+                for item in owned
+                for kind in kinds
+            ]
+            sealed[name] = self.disk.write(self.temporary / name, partial(write_tensors, entries=entries, metadata={}))
+            if stem == "weights":
+                faults.point("save.shard_half", step=self.step)
+        faults.point("save.shard_written", step=self.step)
+        return sealed
+
+    def _commit(self, state: str) -> dict[str, Any]:
+        disk, temporary = self.disk, self.temporary
+        with contextlib.suppress(OSError):  # a record that cannot be written has been complained of
+            for record in self.records:
+                disk.sync(record)
+        files = self._files | {"state.json": disk.write_text(temporary / "state.json", state)}
+        faults.point("save.before_manifest", step=self.step)
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": self.step,
+            "world": self.shards.world,
+            "zero_stage": self.shards.stage,
+            "model": _specs_of(self.shards.model),
+            "tensors": {name: list(shape) for name, _, _, shape in self.shards.model.canonical()},
+            "files": files,
+        }
+        disk.write_text(temporary / "manifest.json", json.dumps(manifest, indent=1))
+        disk.sync(temporary)
+        faults.point("save.before_rename", step=self.step)
+        disk.remove(self.final)  # of this step, from before a rollback
+        disk.rename(temporary, self.final)
+        disk.sync(self.checkpoints)
+        with contextlib.suppress(OSError):  # it is committed, whatever becomes of these; the next commit tries again
+            faults.point("save.before_latest", step=self.step)
+            (self.checkpoints / ".latest.tmp").unlink(missing_ok=True)
+            disk.write_text(self.checkpoints / ".latest.tmp", json.dumps(self.final.name))
+            disk.rename(self.checkpoints / ".latest.tmp", self.checkpoints / "latest")
+            _prune(self.checkpoints, self.keep_last, self.final, self.keep_every, disk)
+        return {}
 
 
-def _attempt(act: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def attempt(act: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """``act``'s result, or its failure as a value that can be sent to the other ranks."""
     try:
         return act()
     except (OSError, CheckpointError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or isinstance(error, DiskFullError)
         return {"error": str(error), "disk_full": full}
-
-
-def _make_room(folder: Path, shards: Shards) -> dict[str, Any]:
-    """What this rank will write, in bytes of fp32; rank 0 makes the folder anew and sees what is free there."""
-    room = {"needed": 4 * sum(item.numel for item in shards.owned()) * sum(map(len, FILES.values()))}
-    if shards.rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        room["free"] = shutil.disk_usage(folder).free
-    return room
 
 
 def _without_room(checkpoints: Path, rooms: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -105,64 +207,11 @@ def _without_room(checkpoints: Path, rooms: list[dict[str, Any]]) -> list[dict[s
     return [{"error": text, "disk_full": True}]
 
 
-def _write_rank(folder: Path, step: int, shards: Shards) -> dict[str, dict[str, Any]]:
-    import torch
-
-    from longskip.engine.tensorfiles import Entry, write_file
-
-    entries, owned = {}, shards.owned()
-    for stem, kinds in FILES.items():
-        path = folder / f"{stem}-{shards.rank:05d}.safetensors"
-        tensors = [
-            Entry(
-                f"{kind}/{item.name}@{item.offset}", (item.numel,), torch.float32, partial(_pieces, shards, item, kind)
-            )
-            for item in owned
-            for kind in kinds
-        ]
-        write_file(path, tensors, {})
-        entries[path.name] = _seal(path)
-        if stem == "weights":
-            faults.point("save.shard_half", step=step)
-    faults.point("save.shard_written", step=step)
-    return entries
-
-
-def _pieces(shards: Shards, item: Slice, kind: Kind) -> Iterator[torch.Tensor]:
+def live(shards: Shards, item: Slice, kind: Kind) -> Iterator[torch.Tensor]:
     """The slice in host memory, a piece at a time and without a copy where it lies there already."""
     from longskip.engine.tensorfiles import PIECE
 
     return (piece.cpu() for piece in shards.tensor(item, kind).split(PIECE))
-
-
-def _commit(
-    temporary: Path, final: Path, step: int, shards: Shards, state: dict[str, Any], files: dict[str, dict[str, Any]]
-) -> None:
-    _write_json(temporary / "state.json", state)
-    files["state.json"] = _seal(temporary / "state.json")
-    faults.point("save.before_manifest", step=step)
-    shapes = {name: list(shape) for name, _, _, shape in shards.model.canonical()}
-    _write_json(
-        temporary / "manifest.json",
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "step": step,
-            "world": shards.world,
-            "zero_stage": shards.stage,
-            "model": _specs_of(shards.model),
-            "tensors": shapes,
-            "files": files,
-        },
-    )
-    _sync_folder(temporary)
-    faults.point("save.before_rename", step=step)
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(temporary, final)
-    _sync_folder(final.parent)
-    faults.point("save.before_latest", step=step)
-    _write_json(final.parent / ".latest.tmp", final.name)
-    os.replace(final.parent / ".latest.tmp", final.parent / "latest")
 
 
 def specs_of(backbone: UViTSpec, text: TextEncoderSpec | None) -> dict[str, Any]:
@@ -177,14 +226,15 @@ def _specs_of(model: TextToImage) -> dict[str, Any]:
     return specs_of(model.backbone.spec, model.text.spec if model.text is not None else None)
 
 
-def _prune(checkpoints: Path, keep_last: int, committed: Path) -> None:
-    """Keep the ``keep_last`` newest up to the one just committed; whatever lies past it is none of ours to judge."""
+def _prune(checkpoints: Path, keep_last: int, committed: Path, keep_every: int = 0, disk: Disk | None = None) -> None:
+    """Keep the ``keep_last`` newest up to the one just committed, and every ``keep_every``-th step's.
+
+    Whatever lies past the committed one is none of ours to judge.
+    """
+    disk = disk or Disk(step_of(committed))
     for path in [p for p in steps_in(checkpoints) if p.name <= committed.name][:-keep_last]:
-        # Renamed first, so that a crash half-way through the deletion leaves no folder that looks like a checkpoint.
-        doomed = path.with_name(f"{path.name}.old")
-        os.rename(path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-    sweep(checkpoints, ("step-*.old",))
+        if not keep_every or step_of(path) % keep_every:
+            disk.remove(path)
 
 
 def sweep(checkpoints: Path, patterns: tuple[str, ...] = ("step-*.old", "step-*.tmp")) -> None:
@@ -192,29 +242,6 @@ def sweep(checkpoints: Path, patterns: tuple[str, ...] = ("step-*.old", "step-*.
     for pattern in patterns:
         for leftover in checkpoints.glob(pattern):
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _seal(path: Path) -> dict[str, Any]:
-    """fsync ``path`` and return its size and SHA-256."""
-    with open(path, "rb") as file:
-        digest = stream_sha256(file)
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": digest}
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --- finding and verifying --------------------------------------------------------------------------------------------
@@ -225,41 +252,67 @@ def steps_in(checkpoints: Path) -> list[Path]:
     return sorted(path for path in checkpoints.glob("step-*") if _STEP.match(path.name) and path.is_dir())
 
 
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint folder, its form checked; raises CheckpointError."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: no readable manifest.json ({error})") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    manifest = read_object(folder / "manifest.json", CheckpointError)
+    if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{folder}: manifest.json is not a {FORMAT}")
     if manifest.get("version") != VERSION:
-        raise CheckpointError(f"{folder}: version {manifest.get('version')!r}, this longskip reads {VERSION}")
+        raise CheckpointError(f"{folder}: version {str(manifest.get('version'))[:80]}, this longskip reads {VERSION}")
     files, tensors = manifest.get("files"), manifest.get("tensors")
     if not isinstance(files, dict) or not isinstance(tensors, dict) or not files or not tensors:
         raise CheckpointError(f"{folder}: manifest.json lists no files or no tensors")
     for name, entry in files.items():
         if not _NAME.match(name):
             raise CheckpointError(f"{folder}: manifest.json names {name!r}, which is not a file of this folder")
-        known = isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
+        known = isinstance(entry, dict) and _is_count(entry.get("bytes")) and isinstance(entry.get("sha256"), str)
         if not known:
             raise CheckpointError(f"{folder}: manifest.json gives no size and SHA-256 of {name}")
-    world = manifest.get("world")
-    if not isinstance(world, int) or not 1 <= world <= 1 << 20:
+    world, stage = manifest.get("world"), manifest.get("zero_stage")
+    if not _is_count(world) or not 1 <= world <= 1 << 20:
         raise CheckpointError(f"{folder}: manifest.json names no number of ranks")
+    if not _is_count(stage) or stage > 3 or not _is_count(manifest.get("step")):
+        raise CheckpointError(f"{folder}: manifest.json names no step or no ZeRO stage")
     expected = {"state.json", *(f"{stem}-{rank:05d}.safetensors" for stem in FILES for rank in range(world))}
     if set(files) != expected:
         raise CheckpointError(f"{folder}: manifest.json lists other files than {world} rank(s) write")
+    specs = manifest.get("model", {})
+    if not isinstance(specs, dict) or not all(
+        part in ("backbone", "text") and isinstance(spec, dict | None) for part, spec in specs.items()
+    ):
+        raise CheckpointError(f"{folder}: manifest.json says something else of the model than its specs")
+    _check_shapes(folder, manifest)
     return manifest
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _check_shapes(folder: Path, manifest: dict[str, Any]) -> None:
+    """What is read is first asked memory for: no more than the files hold."""
+    elements = 0
+    for name, shape in manifest["tensors"].items():
+        if not isinstance(shape, list) or len(shape) > 8 or not all(map(_is_count, shape)):
+            raise CheckpointError(f"{folder}: manifest.json gives {name[:80]!r} the shape {str(shape)[:80]}")
+        elements += math.prod(shape)
+    for stem, kinds in FILES.items():
+        held = sum(entry["bytes"] for name, entry in manifest["files"].items() if name.startswith(f"{stem}-"))
+        if 4 * elements * len(kinds) > held:
+            raise CheckpointError(f"{folder}: manifest.json names {elements:,} elements, {stem} holds {held:,} bytes")
 
 
 def verify(folder: Path, names: Iterable[str] | None = None) -> dict[str, Any]:
     """Check presence, size and SHA-256 of the manifest's files (or of ``names``); raises CheckpointError naming one."""
     manifest = read_manifest(folder)
-    strangers = {path.name for path in folder.iterdir()} - set(manifest["files"]) - {"manifest.json"}
-    if strangers:
-        raise CheckpointError(f"{folder} holds {sorted(strangers)[0]}, which its manifest does not know")
     try:
+        strangers = {path.name for path in folder.iterdir()} - set(manifest["files"]) - {"manifest.json"}
+        if strangers:
+            raise CheckpointError(f"{folder} holds {sorted(strangers)[0]}, which its manifest does not know")
         _verify_files(folder, manifest, manifest["files"] if names is None else names)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from None
@@ -273,7 +326,7 @@ def _verify_files(folder: Path, manifest: dict[str, Any], names: Iterable[str]) 
             raise CheckpointError(f"{path} is missing")
         if path.stat().st_size != expected["bytes"]:
             raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, the manifest says {expected['bytes']:,}")
-        if _seal(path)["sha256"] != expected["sha256"]:
+        if file_sha256(path) != expected["sha256"]:
             raise CheckpointError(f"{path} was altered: its SHA-256 is not the manifest's")
 
 
@@ -335,8 +388,8 @@ def choose(checkpoints: Path, which: str | None) -> Path:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((folder / "state.json").read_text("utf-8"))
-    return state
+    """The counters and the place in the data that a checkpoint was saved with; raises CheckpointError."""
+    return read_object(folder / "state.json", CheckpointError)
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -356,7 +409,7 @@ class Archive:
     """The tensors of a checkpoint folder, readable in any slices. Close it, or use it as a context manager."""
 
     def __init__(self, folder: Path) -> None:
-        from safetensors import safe_open
+        from longskip.engine.tensorfiles import TensorFile
 
         self.folder = folder
         self.manifest = read_manifest(folder)
@@ -366,12 +419,17 @@ class Archive:
             if not name.endswith(".safetensors"):
                 continue
             path = folder / name
-            file = safe_open(path, framework="pt")
+            file = TensorFile(path)
             self._files[path] = file
-            for key in file.keys():  # noqa: SIM118 - a safetensors handle, not a mapping
-                tensor, _, offset = key.rpartition("@")
-                (numel,) = file.get_slice(key).get_shape()
-                self._runs.setdefault(tensor, []).append(_Run(path, key, int(offset), numel))
+            for key, shape in file.shapes.items():
+                run = _RUN.fullmatch(key)
+                if run is None or len(shape) != 1:
+                    raise CheckpointError(f"{path} holds {key[:80]!r}, which is no run of a tensor")
+                self._runs.setdefault(run[1], []).append(_Run(path, key, int(run[2]), shape[0]))
+        for tensor, runs in self._runs.items():
+            runs.sort(key=lambda run: run.offset)
+            if any(before.offset + before.numel > after.offset for before, after in pairwise(runs)):
+                raise CheckpointError(f"{folder} holds elements of {tensor} twice")
 
     def __enter__(self) -> Archive:
         return self
@@ -419,15 +477,13 @@ class Archive:
         for run in self._runs.get(f"{kind}/{name}", []):
             low, high = max(run.offset, offset), min(run.offset + run.numel, offset + numel)
             if low < high:
-                yield low - offset, self._files[run.file].get_slice(run.key)[low - run.offset : high - run.offset]
+                yield low - offset, self._files[run.file].read(run.key, low - run.offset, high - low)
                 covered += high - low
         if covered != numel:
             raise CheckpointError(f"{self.folder}: {kind} of {name} lacks {numel - covered:,} of {numel:,} elements")
 
     def full(self, kind: Kind) -> dict[str, torch.Tensor]:
         """Every tensor of ``kind``, whole, fp32, by canonical name."""
-        import math
-
         import torch
 
         tensors = {}

@@ -11,53 +11,25 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from longskip.engine.clusters import PASSED_ON, KubernetesGroup, Port, SlurmGroup, VariableName
+from longskip.engine.fields import Above, Count, Decay, Few, Group, Positive, Rate, Real, Share, Side, _number, _whole
 from longskip.engine.idle import idle_settings
+from longskip.engine.secrets import holds_user, is_secret
 from longskip.errors import ConfigError
 from longskip.models.presets import preset
 from longskip.models.specs import TextEncoderSpec, UViTSpec
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads ``1e-4`` as text; a number is meant."""
-    if isinstance(value, bool):
-        raise ValueError("a number is meant, not true or false")
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _whole(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("a whole number is meant, not true or false")
-    return value
-
-
-Count = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
-Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
-Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-Share = Annotated[float, BeforeValidator(_number), Field(ge=0.0, le=1.0, allow_inf_nan=False)]
-Rate = Annotated[float, BeforeValidator(_number), Field(ge=0.0, allow_inf_nan=False)]
-Decay = Annotated[float, BeforeValidator(_number), Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
-Above = Annotated[float, BeforeValidator(_number), Field(gt=0.0, allow_inf_nan=False)]
-
-
-class Group(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 
 
 class ModelGroup(Group):
     """The backbone: a preset, and fields of ``UViTSpec`` that differ from it. ``resolution`` is pixels (H, W)."""
 
     preset: str = "uvit-shapes"
-    resolution: tuple[Positive, Positive] | None = None
-    width: Positive | None = None
-    depth: Positive | None = None
-    n_heads: Positive | None = None
-    patch: Positive | None = None
-    mlp_ratio: Positive | None = None
+    resolution: tuple[Side, Side] | None = None
+    width: Side | None = None
+    depth: Few | None = None
+    n_heads: Few | None = None
+    patch: Few | None = None
+    mlp_ratio: Few | None = None
     conv: bool | None = None
     skips: bool | None = None
     time_mlp: bool | None = None
@@ -92,11 +64,11 @@ class DataGroup(Group):
     path: str = ""
     mix: tuple[MixedGroup, ...] = ()
     validation: str | None = None
-    workers: Count = 0
+    workers: Annotated[int, BeforeValidator(_whole), Field(ge=0, le=1 << 12)] = 0
     flip: bool = False
     crop: Literal["centre", "random"] = "centre"
-    captions: dict[str, Above] = {}
-    buckets: Literal["off", "auto"] | tuple[tuple[Positive, Positive], ...] = "off"
+    captions: dict[str, Above] = Field(default_factory=dict)
+    buckets: Literal["off", "auto"] | tuple[tuple[Side, Side], ...] = "off"
     shuffle: Literal["full", "window"] = "full"
     window_shards: Positive = 8
     remote: Literal["none", "fsspec", "webdataset"] = "none"
@@ -119,10 +91,10 @@ class TextGroup(Group):
 
     kind: Literal["words", "t5", "clip", "none"] = "words"
     path: str | None = None
-    width: Positive = 64
-    n_tokens: Positive = 16
-    depth: Count = 0
-    vocabulary: Positive = 4096
+    width: Side = 64
+    n_tokens: Side = 16
+    depth: Annotated[int, BeforeValidator(_whole), Field(ge=0, le=1 << 12)] = 0
+    vocabulary: Annotated[int, BeforeValidator(_whole), Field(ge=1, le=1 << 24)] = 4096
     too_long: Literal["error", "truncate"] = "error"
 
     @model_validator(mode="before")
@@ -147,8 +119,8 @@ class VaeGroup(Group):
 
     kind: Literal["none", "vae"] = "none"
     path: str | None = None
-    channels: Positive = 4
-    factor: Positive = 8
+    channels: Few = 4
+    factor: Few = 8
     scale: Above = 0.18215
     shift: Real = 0.0
 
@@ -174,7 +146,7 @@ class DiffusionGroup(Group):
     min_snr: Above | None = None
     beta_start: Above = 0.00085
     beta_end: Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1)] = 0.012
-    train_steps: Annotated[int, BeforeValidator(_whole), Field(ge=2)] = 1000
+    train_steps: Annotated[int, BeforeValidator(_whole), Field(ge=2, le=1 << 20)] = 1000
     caption_dropout: Share = 0.1
 
     @model_validator(mode="after")
@@ -203,6 +175,13 @@ class TrainGroup(Group):
     ``accumulation`` is of the first start: where that fixes the micro-batch, another number of ranks on a resume keeps
     ``batch_size`` and micro-batch and derives its own. ``init_from``: a run or a ``.safetensors`` file whose weights
     (EMA by default) a new run starts from; what a run's name meant at the first start is kept in ``run.json``.
+
+    ``not_finite``: a step whose loss or gradient is NaN or infinite on any rank moves nothing and is passed over with its
+    data (``skip``), ``not_finite_limit`` of them in a row stop the run; ``stop``: the first one does. ``spikes``: a loss
+    above median + ``spike_factor`` × MAD of the last 128 losses (from 32 on; MAD, their median distance from the median,
+    counts as 1% of the median at least) is noted in incidents.jsonl (``note``), or undone as well (``rollback``): the run
+    goes back to its last checkpoint and trains on without that step's batch. ``digest_every``: every so many steps, and
+    before each checkpoint, ranks compare what must be the same on all of them; 0: never.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
@@ -210,10 +189,15 @@ class TrainGroup(Group):
     batch_size: Positive = 32
     micro_batch: Positive | None = None
     accumulation: Positive | None = None
-    seed: Count = 0
+    seed: Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=1 << 63)] = 0
     dtype: Literal["fp32", "bf16"] = "fp32"
     init_from: str | None = None
     init_weights: Literal["ema", "raw"] = "ema"
+    not_finite: Literal["skip", "stop"] = "skip"
+    not_finite_limit: Positive = 3
+    spikes: Literal["off", "note", "rollback"] = "note"
+    spike_factor: Above = 20.0
+    digest_every: Count = 100
 
 
 BACKENDS = ("auto", "reference", "torch", "triton")
@@ -258,17 +242,24 @@ class EngineGroup(Group):
 
 
 class CheckpointGroup(Group):
-    """Every ``every`` steps and at the end; 0: only when a signal stops the run (a benchmark of a large model)."""
+    """Every ``every`` steps and at the end; 0: only when a signal stops the run (a benchmark of a large model).
+
+    ``background``: a rank's state is copied in host memory and written while training goes on; where memory does not hold
+    the copy (16 bytes a parameter, over all ranks) training waits until all is written. The ``keep_last`` newest are kept,
+    and beside them every step that is a multiple of ``keep_every``, for good; 0: no others.
+    """
 
     every: Count = 500
+    background: bool = True
     keep_last: Positive = 3
+    keep_every: Count = 0
 
 
 class LoggingGroup(Group):
     every: Positive = 10
     samples_every: Count = 500
     prompts: tuple[str, ...] = ()
-    sample_steps: Positive = 25
+    sample_steps: Side = 25
     guidance: Rate = 3.0
     tensorboard: bool = True
 
@@ -284,7 +275,7 @@ class EvalGroup(Group):
 
     every: Count = 500
     samples: Positive = 256
-    time_bins: Positive = 10
+    time_bins: Few = 10
     judge: Literal["shapes", "nearest", "none"] = "none"
     judge_count: Annotated[int, BeforeValidator(_whole), Field(ge=2)] = 200
     judge_objects: Literal[1, 2] = 1
@@ -294,7 +285,7 @@ class EvalGroup(Group):
     count: Annotated[int, BeforeValidator(_whole), Field(ge=2)] = 10_000
     likelihood_count: Positive = 64
     sampler: Literal["auto", "euler", "heun", "ddim", "dpm++"] = "auto"
-    sample_steps: Positive = 25
+    sample_steps: Side = 25
     guidance: Rate = 3.0
 
 
@@ -310,7 +301,38 @@ class DeepspeedGroup(Group):
 
 
 class LaunchGroup(Group):
+    """How ranks are started and watched. ``environment``: variables of every rank on every node (secrets are refused: they
+    would stand in files and on command lines). ``port``: of the supervisors' store on the first node; the launchers take
+    the one above it. ``ssh_port``: of the nodes, for pdsh.
+
+    ``timeout_minutes``: how long ranks and nodes wait for each other. ``step_timeout``: seconds after which a rank that
+    stays in one step hangs (``auto``: 10 × its slowest step so far, at least 30). ``node_timeout``: seconds after which a
+    node that is not heard of is lost. ``restarts``: attempts in a row without a newly committed step.
+    """
+
+    environment: dict[VariableName, str] = Field(default_factory=dict)
+    port: Port = 29400
+    ssh_port: Annotated[int, BeforeValidator(_whole), Field(ge=1, le=65535)] | None = None
+    slurm: SlurmGroup = SlurmGroup()
+    kubernetes: KubernetesGroup = KubernetesGroup()
     timeout_minutes: Positive = 30
+    step_timeout: Literal["auto"] | Above = "auto"
+    node_timeout: Above = 30.0
+    restarts: Count = 3
+
+    @field_validator("environment")
+    @classmethod
+    def _no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, text in value.items():
+            if is_secret(name) or holds_user(text):
+                raise ValueError(
+                    f"{name} may hold a secret, which is written nowhere; set it in the nodes' own environment"
+                )
+            if not name.startswith(PASSED_ON) or "PLUGIN" in name or "PRELOAD" in name:
+                raise ValueError(f"{name} is no setting of a library; set it in the nodes' own environment")
+            if any(ord(sign) < 32 or ord(sign) == 127 for sign in text):
+                raise ValueError(f"{name} holds a control character; write it without")
+        return value
 
 
 class BudgetGroup(Group):

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from longskip.engine.config import Config
+from longskip.engine.secrets import redacted
 from longskip.errors import ConfigError
 from longskip.profiling.yamlfiles import parse_yaml, read_yaml
 
@@ -86,7 +87,16 @@ def _complaint(item: Any) -> str:
     message = str(item["msg"]).removeprefix("Value error, ")
     if not path:
         return message
-    return f"{path}: {message} (got {item['input']!r})"
+    return f"{path}: {message} (got {_told(path.rpartition('.')[2], item['input'])})"
+
+
+def _told(name: str, value: Any) -> str:
+    """A value for people: not longer than a line or two, and without what must not be shown."""
+    try:
+        text = repr(redacted({name: value})[name])
+    except ValueError:  # a whole number with more digits than Python writes
+        return "a number without end"
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _fields_at(path: list[str]) -> list[str]:

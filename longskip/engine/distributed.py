@@ -9,15 +9,14 @@ import os
 import resource
 import socket
 import sys
-import time
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from longskip.engine.ports import free_port
-from longskip.errors import ConfigError, DataError, LongskipError, RendezvousError
+from longskip.engine.ports import await_listener, free_port
+from longskip.errors import ConfigError, DataError, LongskipError, PeerLostError, RendezvousError
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,7 @@ class World:
         return self.rank == 0
 
 
+STORE, ATTEMPT = "LONGSKIP_STORE", "LONGSKIP_ATTEMPT"
 NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 
@@ -59,6 +59,9 @@ def join(timeout_minutes: float = 30) -> World:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local))
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if given := os.environ.get(STORE):
+        host, _, os.environ["MASTER_PORT"] = given.rpartition(":")
+        os.environ["MASTER_ADDR"] = host.removeprefix("[").removesuffix("]")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
         if size > 1:
@@ -67,8 +70,8 @@ def join(timeout_minutes: float = 30) -> World:
     deepspeed = import_deepspeed()
     if not torch.distributed.is_initialized():
         try:
-            if rank:
-                _await_first_rank(60 * timeout_minutes)
+            if rank or given:
+                await_listener(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), 60 * timeout_minutes)
             _start_process_group(rank, size, datetime.timedelta(minutes=timeout_minutes))
         except (torch.distributed.DistError, OSError) as error:
             raise _not_met(rank, size, timeout_minutes, error) from None
@@ -83,17 +86,23 @@ def join(timeout_minutes: float = 30) -> World:
 def _start_process_group(rank: int, size: int, timeout: datetime.timedelta) -> None:
     """The process group on a store of our own, which listens on loopback only when all ranks are on this machine.
 
-    torch's own rendezvous listens on every interface, whatever MASTER_ADDR says; under torchrun, whose agent has a store
-    there already, and over several nodes it is used all the same.
+    Under a supervisor it is the supervisor's store, every attempt under a prefix of its own, so that nothing of an earlier
+    one is met. torch's own rendezvous listens on every interface, whatever MASTER_ADDR says; under torchrun, whose agent
+    has a store there already, and over several nodes it is used all the same.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if STORE in os.environ:
+        client = torch.distributed.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
+        store = torch.distributed.PrefixStore(f"attempt_{os.environ.get(ATTEMPT, '0')}", client)
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        return
     if address not in ("127.0.0.1", "localhost") or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         torch.distributed.init_process_group(backend, timeout=timeout)
         return
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     listening = socket.create_server(("127.0.0.1", port)) if rank == 0 else None
-    store = torch.distributed.TCPStore(
+    own = torch.distributed.TCPStore(
         "127.0.0.1",
         port,
         size,
@@ -101,39 +110,38 @@ def _start_process_group(rank: int, size: int, timeout: datetime.timedelta) -> N
         timeout=timeout,
         master_listen_fd=listening.detach() if listening is not None else None,
     )
-    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-
-
-def _await_first_rank(seconds: float) -> None:
-    """Returns once somebody listens at MASTER_ADDR:MASTER_PORT; raises what the last attempt met after ``seconds``.
-
-    torch's client would wait as well, but tells of its waiting in C++ frames on standard error.
-    """
-    deadline = time.monotonic() + seconds
-    while True:
-        left = deadline - time.monotonic()
-        try:
-            socket.create_connection(
-                (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=max(0.1, min(left, 10.0))
-            ).close()
-            return
-        except OSError:
-            if left <= 0:
-                raise
-            time.sleep(min(0.2, left))
+    torch.distributed.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=timeout)
 
 
 def _not_met(rank: int, size: int, minutes: float, error: Exception) -> RendezvousError:
     """What torch says of ranks that did not meet, without the C++ frames that it adds."""
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     said = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-    if rank == 0 and isinstance(error, OSError):
+    if rank == 0 and isinstance(error, OSError) and STORE not in os.environ:
         return RendezvousError(f"rank 0 cannot listen at {where} ({said})", cure="give all ranks another MASTER_PORT")
     who = "rank 0 did not answer" if rank else "not all of the others came"
     return RendezvousError(
         f"rank {rank} of {size} waited up to {minutes:.3g} minutes at {where}: {who} ({said})",
         cure=("start rank 0, and give all ranks" if rank else "start all ranks, and give them")
         + " the same MASTER_ADDR and MASTER_PORT; launch.timeout_minutes is how long they wait",
+    )
+
+
+_GONE = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "NCCL", "Timed out waiting")
+
+
+def lost_neighbour(error: RuntimeError, doing: str) -> PeerLostError | None:
+    """The error to show where a collective failed because another rank is gone; None for any other failure.
+
+    gloo tells it in the text of a RuntimeError alone, in a hundred lines with the frames around it.
+    """
+    said = (str(error).strip().splitlines() or [""])[0]
+    if not (isinstance(error, torch.distributed.DistError) or any(sign in said for sign in _GONE)):
+        return None
+    said = said.partition(". This is typically")[0].rpartition("] ")[2][:200]
+    return PeerLostError(
+        f"a neighbour of this rank was lost {doing} ({said})",
+        cure="look at how the rank that died first ended; the same command goes on from the last commit",
     )
 
 

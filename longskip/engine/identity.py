@@ -14,6 +14,8 @@ MAY_CHANGE_ON_RESUME = (
     "data.max_bad_share", "data.on_damage", "data.remote", "encoders.text.too_long", "encoders.vae.path",
     "encoders.text.path",
     "train.name",  # it has led to this folder: none and the folder's own name are one
+    # what is done about steps that go wrong; those that go well are the same whatever these say
+    "train.not_finite", "train.spike", "train.digest_every",
 )  # fmt: skip
 
 

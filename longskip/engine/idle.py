@@ -58,3 +58,5 @@ def _rules(config: Config) -> Iterator[tuple[bool, str, tuple[str, ...], str]]:
     yield config.optim.schedule == "constant", "optim", ("final_lr_share",), "optim.schedule is constant"
     yield config.optim.ema_decay == 0, "optim", ("ema_warmup",), "optim.ema_decay is 0"
     yield config.train.init_from is None, "train", ("init_weights",), "train.init_from is not set"
+    yield config.train.not_finite == "stop", "train", ("not_finite_limit",), "train.not_finite is stop"
+    yield config.train.spikes == "off", "train", ("spike_factor",), "train.spikes is off"

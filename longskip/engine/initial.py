@@ -205,8 +205,8 @@ def spec_of_metadata(metadata: Mapping[str, str], path: Path) -> UViTSpec | None
         return None
     try:
         return UViTSpec(**json.loads(metadata["spec"]))
-    except (ValueError, TypeError, ConfigError) as error:
-        raise CheckpointError(f"{path}: the spec in its metadata is broken: {error}") from None
+    except (ValueError, TypeError, ArithmeticError, RecursionError, ConfigError) as error:
+        raise CheckpointError(f"{path}: the spec in its metadata is broken: {str(error)[:200]}") from None
 
 
 # --- the values -------------------------------------------------------------------------------------------------------

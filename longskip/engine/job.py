@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from longskip.engine import checkpoint, faults, initial, signals
+from longskip.engine import checkpoint, digests, faults, initial, numbers, signals, spikes
 from longskip.engine.config import BatchPlan, Config
 from longskip.engine.costs import COUNTERS, StepCost
 from longskip.engine.data.plan import Cursor
@@ -23,10 +24,11 @@ from longskip.engine.inputs import Inputs
 from longskip.engine.metrics import Metrics
 from longskip.engine.optim import AdamW, ema_decay, learning_rate
 from longskip.engine.runs import RunFolder, append_json, tolerant
+from longskip.engine.saving import Saved, Saving
 from longskip.engine.shards import Shards
 from longskip.engine.trace import Waits, waits_on
 from longskip.engine.validation import Validation
-from longskip.errors import CheckpointError, DataError, LongskipError, NonFiniteLossError
+from longskip.errors import DataError, DesyncError, LongskipError, NonFiniteLossError, SpikeError
 from longskip.kernels import backends
 from longskip.profiling import ledger
 from longskip.profiling.meter import Interval, Meter
@@ -34,7 +36,10 @@ from longskip.profiling.meter import Interval, Meter
 
 @dataclass
 class LoopState:
-    """Where a run is: everything a resume needs besides the tensors. Counts are global and exact integers."""
+    """Where a run is: everything a resume needs besides the tensors. Counts are global and exact integers.
+
+    A step that was skipped counts as a step, with what was computed for it; Adam's bias correction counts ``step - skipped``.
+    """
 
     cursor: Cursor
     step: int = 0
@@ -45,11 +50,14 @@ class LoopState:
     hardware_flops: int = 0
     six_nd: int = 0
     bad_samples: int = 0
-    losses: list[float] = field(default_factory=list)  # of the steps since the last line of metrics.jsonl
+    skipped: int = 0  # steps that moved nothing, since a loss or gradient was not finite
+    skipped_in_a_row: int = 0
+    recent: list[float] = field(default_factory=list)  # the losses that the next one is compared with
+    losses: list[float] = field(default_factory=list)  # finite ones, of the steps since the last line of metrics.jsonl
 
     def to_json(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("step", *COUNTERS, "bad_samples")}
-        return own | {"cursor": self.cursor.to_json(), "losses": list(self.losses)}
+        own = {name: getattr(self, name) for name in ("step", *COUNTERS, "bad_samples", "skipped", "skipped_in_a_row")}
+        return own | {"cursor": self.cursor.to_json(), "losses": list(self.losses), "recent": list(self.recent)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> LoopState:
@@ -81,7 +89,10 @@ class Job:
     stopping: bool = False  # agreed by all ranks; what this rank alone was asked is signals.asked()
     _saved_at: int = -1
     _ledger_losses: list[float] = field(default_factory=list)
-    _norm: float = 0.0
+    _norm: float | None = None
+    _in_spike: bool = False
+    _rolled_back: tuple[Path | None, int] = (None, 0)  # to which checkpoint, how often
+    _compared_at: int = -1  # the step at which ranks were last found alike
     _lr: float = 0.0
     _waited: float = 0.0
     _waits: Waits | None = None
@@ -90,6 +101,11 @@ class Job:
     def __post_init__(self) -> None:
         self._waits = waits_on(self.world.device)
         self._communicated = self._waits.seconds if self._waits else 0.0
+        numbers.guard(self.engine, self.optimizer, self.shards.stage)
+        self.saving = Saving(
+            self.run.checkpoints, self.shards, self.config.checkpoint, records=(self.run / "ledger.jsonl",),
+            ended=self._save_ended, say=self.metrics.say,
+        )  # fmt: skip
 
     # --- once in a while ----------------------------------------------------------------------------------------------
 
@@ -103,7 +119,11 @@ class Job:
         return self.state.step >= self.config.train.steps
 
     def evaluate(self) -> None:
-        """The validation loss; raises DataError on all ranks, the step saved, where a rank cannot read its pictures."""
+        """The validation loss; raises DataError on all ranks, the step saved, where a rank cannot read its pictures.
+
+        As before the samples, a save that runs is waited for: whatever happens here, it lies there.
+        """
+        self.saving.settle()
         with self._last_step_kept():
             values = self.validation.loss(self.engine, self.shards, self.objective)
         if values is not None:
@@ -118,6 +138,7 @@ class Job:
         Any other error ends the run, loudly: it may be of one rank alone (memory that ran out, a library's fault), whose
         neighbours are somewhere else in the same collectives; what is due to be saved at this step has been.
         """
+        self.saving.settle()
         try:
             folder = self.validation.samples(self.engine, self.shards, self.objective, self.run.path, self.state.step)
         except LongskipError as error:
@@ -127,26 +148,28 @@ class Job:
         if folder is not None:
             self.metrics.say(f"step {self.state.step}  samples in {folder}")
 
-    def save(self) -> None:
-        """Commit a checkpoint; the ledger's interval ends first, so that none of its lines reaches across a commit."""
-        self._end_ledger_interval(durable=True)
-        begin = time.monotonic()
-        try:
-            checkpoint.save(
-                self.run.checkpoints,
-                self.state.step,
-                self.shards,
-                self.state.to_json(),
-                keep_last=self.config.checkpoint.keep_last,
-            )
-        except CheckpointError as error:
-            if self.finished or self.stopping:
-                raise
-            self.incident("not_saved", str(error))
-            self.metrics.say(f"step {self.state.step}  NOT SAVED, training goes on: {error}")
-            return
-        self._saved_at = self.state.step
-        self.metrics.say(f"step {self.state.step}  saved in {1000 * (time.monotonic() - begin):.0f} ms")
+    def save(self, *, now: bool = False) -> None:
+        """Save this step while training goes on; at the run's end, on a signal, and ``now``: return after the commit.
+
+        The ledger's interval ends first, so that none of its lines reaches across a commit; it is on the disk before one.
+        """
+        self.compare_ranks()
+        self._end_ledger_interval()
+        ending = self.finished or self.stopping
+        saved = self.saving.save(self.state.step, self.state.to_json(), now=now or ending)
+        if saved is not None and saved.error is not None and ending:
+            raise saved.error
+
+    def _save_ended(self, saved: Saved) -> None:
+        """On every rank, at the same place: once a save is committed, or has failed."""
+        if saved.error is None:
+            self._saved_at = saved.step
+            held = f", training held for {1000 * saved.held:.0f} ms" if saved.background else ""
+            waited = f" ({1000 * saved.waited:.0f} of them for the save before)" if saved.waited > 0.1 else ""
+            self.metrics.say(f"step {saved.step}  saved in {1000 * saved.seconds:.0f} ms{held}{waited}")
+        elif saved.background or not (self.finished or self.stopping):
+            self.incident("not_saved", str(saved.error), step=saved.step)
+            self.metrics.say(f"step {saved.step}  NOT SAVED, training goes on: {saved.error}")
 
     @contextmanager
     def _last_step_kept(self) -> Iterator[None]:
@@ -154,8 +177,10 @@ class Job:
         try:
             yield
         except LongskipError as error:
-            if error.alike and self.state.step > max(self.started_at, self._saved_at):
-                self.save()
+            if error.alike:
+                self.saving.settle()
+                if self.state.step > max(self.started_at, self._saved_at):
+                    self.save(now=True)
             raise
 
     # --- the step -----------------------------------------------------------------------------------------------------
@@ -179,22 +204,34 @@ class Job:
     def step(self, micro_batches: list[MicroBatch]) -> None:
         """One optimizer step on this rank's micro-batches of a global batch.
 
-        Raises NonFiniteLossError on all ranks, before any weight has moved, when the loss is NaN or infinite anywhere.
+        Where the loss or the gradient is NaN or infinite on any rank, nothing moves on any: the step is skipped with its
+        data, or NonFiniteLossError raised on all ranks, as ``train.not_finite`` says. After a loss that jumps the run may
+        be back at its last checkpoint (``train.spikes``).
         """
         step = self.state.step + 1
         faults.point("step.begin", step=step)
         self._lr = learning_rate(self.config.optim, step, self.config.train.steps)
-        self.optimizer.set_step(step, self._lr, ema_decay(self.config.optim, step))
+        self.optimizer.set_step(step - self.state.skipped, self._lr, ema_decay(self.config.optim, step))
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for micro in micro_batches[:-1]:
             total += self._backward(micro)
             self.engine.step()
         total += self._backward(micro_batches[-1])
         faults.point("step.backward", step=step)
-        self._agree(float(total), micro_batches)
-        self._norm = self._take_step(micro_batches)
+        broken = self._agree(float(total), micro_batches)
+        if broken:
+            self._not_finite(f"loss is not finite on {broken} rank(s)", micro_batches)
+            numbers.leave_out(self.engine, self.optimizer)
+        elif self._jumped(micro_batches) and self._roll_back():
+            return
+        else:
+            self._take_step(micro_batches)
         self._count()
-        faults.point("step.done", step=step)
+        if "flip" in faults.point("step.done", step=step):
+            digests.flip(self.shards)
+        every = self.config.train.digest_every
+        if every and step % every == 0:
+            self.compare_ranks()
 
     def _backward(self, micro: MicroBatch) -> torch.Tensor:
         micro = self.inputs.ready(micro)
@@ -203,12 +240,16 @@ class Job:
         noised = self.objective.noised(clean, micro.noise, time_)
         prediction = self.engine(noised, time_, **micro.conditions)
         losses = self.objective.loss(prediction, clean, micro.noise, time_, micro.weight)
+        losses, told = numbers.disturbed(losses, faults.point("step.loss", step=self.state.step + 1))
         # The mean is over all slots, bad ones included, so that ranks need not agree on how many were good.
         self.engine.backward(losses.sum() / self.batch.micro)
-        return losses.detach().double().sum()
+        return told.detach().double().sum()
 
-    def _agree(self, loss_sum: float, micro_batches: list[MicroBatch]) -> None:
-        """One small all-reduce a step: the global loss, bad samples, and whether any rank was asked to stop."""
+    def _agree(self, loss_sum: float, micro_batches: list[MicroBatch]) -> int:
+        """One small all-reduce a step: the global loss, bad samples, and whether any rank was asked to stop.
+
+        Returns on how many ranks the loss is not finite.
+        """
         bad = [entry for micro in micro_batches for entry in micro.bad]
         with tolerant("bad_samples.jsonl"):
             for entry in bad:
@@ -223,12 +264,11 @@ class Job:
             }
         )
         self.stopping = told["stop"] > 0
-        if told["broken"]:
-            raise self._not_finite(f"loss is not finite on {round(told['broken'])} rank(s)", micro_batches)
-        total, n_bad = told["loss"], told["bad"]
-        self.state.losses.append(total / self.batch.total)
-        self._ledger_losses.append(total / self.batch.total)
-        self.state.bad_samples += round(n_bad)
+        broken = round(told["broken"])
+        if not broken:
+            self.state.losses.append(told["loss"] / self.batch.total)
+            self._ledger_losses.append(told["loss"] / self.batch.total)
+        self.state.bad_samples += round(told["bad"])
         seen = (self.state.step + 1) * self.batch.total
         if self.state.bad_samples > self.config.data.max_bad_share * max(seen, 100):
             error = DataError(
@@ -236,42 +276,131 @@ class Job:
                 f"{self.config.data.max_bad_share}; see {self.run / 'bad_samples.jsonl'}",
                 cure="longskip data lint names them; repair the data or raise the share",
             )
-            error.alike = True
+            error.alike = error.final = True
             raise error
+        return broken
 
     def _tell(self, figures: dict[str, float]) -> dict[str, float]:
         """The step's control figures summed over all ranks, in one small all-reduce; each rank names the same ones."""
-        return dict(zip(figures, all_reduce_sum([float(v) for v in figures.values()], self.world.device), strict=True))
+        figures = figures | {"written": self.saving.figure}
+        told = dict(zip(figures, all_reduce_sum([float(v) for v in figures.values()], self.world.device), strict=True))
+        self.saving.hear(told.pop("written"))
+        return told
 
-    def _take_step(self, micro_batches: list[MicroBatch]) -> float:
-        """Clip, update, average; returns the global gradient norm before clipping.
+    def _take_step(self, micro_batches: list[MicroBatch]) -> None:
+        """Clip, update, average; nothing of it where the gradient is not finite."""
+        norm = numbers.update(self.engine, self.optimizer, self.shards)
+        if math.isinf(norm):
+            self._not_finite("gradient is not finite", micro_batches)
+            return
+        self._norm = norm
+        self.state.skipped_in_a_row = 0
 
-        Raises NonFiniteLossError on all ranks, the weights as they were, when the norm is NaN or infinite.
-        """
-        if self.shards.stage == 0 and self.config.train.dtype == "fp32":
-            # DeepSpeed clips at stage 0 without telling the norm, and would take a step of NaN.
-            grads = [p.grad for p in self.shards.parameters if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(grads))
-            if not math.isfinite(norm):
-                raise self._not_finite("gradient is not finite", micro_batches)
-            self.engine.step()
-            return norm
-        self.engine.step()
-        norm = float(self.engine.get_global_grad_norm() or 0.0)
-        if getattr(self.engine.optimizer, "overflow", False) or not math.isfinite(norm):
-            raise self._not_finite("gradient is not finite", micro_batches)  # DeepSpeed has skipped the update
-        return norm
-
-    def _not_finite(self, what: str, micro_batches: list[MicroBatch]) -> NonFiniteLossError:
-        ids = [int(i) for micro in micro_batches for i in micro.samples]
-        self.incident("not_finite", f"the {what} at step {self.state.step + 1}; samples of this rank: {ids}")
+    def _not_finite(self, what: str, micro_batches: list[MicroBatch]) -> None:
+        """Count and note a step that moves nothing; raises NonFiniteLossError on all ranks where it is one too many."""
+        group, state = self.config.train, self.state
+        step, self._norm = state.step + 1, None
+        in_a_row = state.skipped_in_a_row + 1
+        enough = group.not_finite == "stop" or in_a_row >= group.not_finite_limit
+        samples, keys = _samples_of(micro_batches)
+        self.incident(
+            "not_finite" if enough else "skipped_step", f"the {what} at step {step}; samples of this rank: {samples}",
+            step=step, reason=what, samples=samples, keys=keys,
+        )  # fmt: skip
+        if not enough:
+            state.skipped, state.skipped_in_a_row = state.skipped + 1, in_a_row
+            self.metrics.say(f"step {step}  SKIPPED, nothing has moved: the {what}; incidents.jsonl lists the samples")
+            return
+        row = f", {in_a_row} steps in a row (train.not_finite_limit)" if group.not_finite == "skip" else ""
         error = NonFiniteLossError(
-            f"the {what} at step {self.state.step + 1}; no weight has moved since step {self.state.step}; "
+            f"the {what} at step {step}{row}; no weight has moved since step {step - in_a_row}; "
             f"{self.run / 'incidents.jsonl'} lists the samples of every rank",
             cure=initial.lower_rate(self.run.path, self.config),
         )
         error.alike = True
-        return error
+        raise error
+
+    def _jumped(self, micro_batches: list[MicroBatch]) -> bool:
+        """Judge the step's loss and note a spike, the first of several in a row; whether the run is to go back."""
+        group, state, loss = self.config.train, self.state, self.state.losses[-1]
+        found = None if group.spikes == "off" else spikes.judge(loss, state.recent, group.spike_factor)
+        before, self._in_spike = self._in_spike, found is not None
+        state.recent = [*state.recent, loss][-spikes.WINDOW :]
+        if found is None or (before and group.spikes == "note"):
+            return False
+        step, (samples, keys) = state.step + 1, _samples_of(micro_batches)
+        self.incident(
+            "spike", f"{found}; samples of this rank: {samples}", step=step, loss=found.loss, median=found.median,
+            limit=found.limit, samples=samples, keys=keys,
+        )  # fmt: skip
+        self.metrics.say(f"step {step}  SPIKE: {found}; incidents.jsonl lists the samples")
+        return group.spikes == "rollback"
+
+    def _roll_back(self) -> bool:
+        """Go back to the last checkpoint and leave out, from then on, the batch of the step that has just been computed.
+
+        False, and nothing done, where there is no checkpoint. Raises SpikeError on all ranks where the run has been back
+        there as often as it may. The ledger's lines since then are superseded, as those of an attempt that ended.
+        """
+        state = self.state
+        batch = (state.cursor.position, state.cursor.advance(self.batch.total).position)
+        self.saving.settle()
+        folder, complaints = checkpoint.newest_for_all(self.run.checkpoints, self.world.rank)
+        for complaint in complaints if self.world.is_main else ():
+            self.incident("bad_checkpoint", complaint)
+        if folder is None:
+            self.metrics.say("no checkpoint to go back to: training goes on")
+            return False
+        self._rolled_back = (folder, self._rolled_back[1] + 1 if self._rolled_back[0] == folder else 1)
+        if self._rolled_back[1] > spikes.ROLLBACKS:
+            error = SpikeError(
+                f"the loss jumped at step {state.step + 1}, after {spikes.ROLLBACKS} rollbacks to {folder} that left out other "
+                "data each time",
+                cure=f"{initial.lower_rate(self.run.path, self.config)}, or train.spikes=note",
+            )
+            error.alike = True
+            raise error
+        numbers.leave_out(self.engine, self.optimizer)
+        self._count()  # what was computed is spent
+        self._end_ledger_interval()
+        came_from = state.step
+        self.state = LoopState.from_json(checkpoint.load(folder, self.shards))
+        self.state.cursor = self.state.cursor.skip(batch)
+        self.reader.seek(self.state.cursor)
+        step, self.attempt = self.state.step, self.attempt + 1
+        self.started_at, self._saved_at, self._compared_at, self._in_spike = step, step, -1, False
+        self.meter.rewind(step)
+        self.metrics.rewind(self.attempt, step)
+        if self.world.is_main:
+            with tolerant("ledger.jsonl"):
+                ledger.append(self.run / "ledger.jsonl", ledger.Resumed(self.attempt, step))
+            self.incident(
+                "rolled_back", f"from step {came_from} to {folder.name}; positions {batch[0]} to {batch[1]} are left out",
+                step=came_from, to_step=step, positions=list(batch),
+            )  # fmt: skip
+        self.metrics.say(f"step {came_from}  ROLLED BACK to step {step}; its batch is left out from now on")
+        return True
+
+    def compare_ranks(self) -> None:
+        """Raises DesyncError on all ranks where they differ in what must be the same on all; once a step."""
+        state = self.state
+        if not self.config.train.digest_every or self.world.size == 1 or self._compared_at == state.step:
+            return
+        figures = {
+            "step": state.step,
+            "position": state.cursor.position,
+            "cursor": digests.digest_text([state.cursor.to_json(), self.reader.cursor.to_json()]),
+            "counters": digests.digest_text(state.to_json()),
+            "learning rate": digests.digest_text(self._lr),
+            "settings": digests.of_config(self.config),
+        }
+        try:
+            digests.compare(figures, digests.replicated(self.shards), state.step, self.world.device)
+        except DesyncError as error:
+            if self.world.is_main:
+                self.incident("desync", error.message)
+            raise
+        self._compared_at = state.step
 
     def _count(self) -> None:
         state = self.state
@@ -297,11 +426,12 @@ class Job:
         peaks = [0.0] * self.world.size
         peaks[self.world.rank] = peak_memory(self.world.device)
         values: dict[str, Any] = {
-            "loss": sum(self.state.losses) / len(self.state.losses),
+            "loss": _mean(self.state.losses),
             "lr": self._lr,
             "grad_norm": self._norm,
             "images": self.state.images,
             "bad": self.state.bad_samples,
+            "skipped": self.state.skipped,
             "model_flops": self.state.model_flops,
             "six_nd": self.state.six_nd,
             "peaks": all_reduce_sum(peaks, self.world.device),
@@ -322,22 +452,26 @@ class Job:
         with tolerant("run.json"):
             self.run.note(kernels=served, kernels_chosen={"device": device, "choices": backends.chosen()})
 
-    def _end_ledger_interval(self, durable: bool = False) -> Interval:
-        ended = self.meter.peek() if not self._ledger_losses else self.meter.interval()
-        if self._ledger_losses and self.world.is_main:
-            loss = sum(self._ledger_losses) / len(self._ledger_losses)
+    def _end_ledger_interval(self) -> Interval:
+        ended = self.meter.peek()
+        if ended.step == ended.from_step:
+            return ended
+        ended = self.meter.interval()
+        if self.world.is_main:
+            line = ended.line(attempt=self.attempt, loss=_mean(self._ledger_losses))
             with tolerant("ledger.jsonl"):
-                ledger.append(self.run / "ledger.jsonl", ended.line(attempt=self.attempt, loss=loss), durable=durable)
+                ledger.append(self.run / "ledger.jsonl", line)
         self._ledger_losses.clear()
         return ended
 
-    def incident(self, kind: str, detail: str) -> None:
-        """One line of incidents.jsonl; any rank may write its own."""
+    def incident(self, kind: str, detail: str, **more: Any) -> None:
+        """One line of incidents.jsonl; any rank may write its own. ``more``: further fields, or another ``step``."""
         line = {"time": time.time(), "attempt": self.attempt, "step": self.state.step, "rank": self.world.rank}
         with tolerant("incidents.jsonl"):
-            append_json(self.run / "incidents.jsonl", line | {"kind": kind, "detail": detail})
+            append_json(self.run / "incidents.jsonl", line | {"kind": kind, "detail": detail} | more)
 
     def close(self, status: str) -> None:
+        self.saving.close()
         self.reader.close()
         if (close := getattr(self.source, "close", None)) is not None:  # folders have nothing to close
             close()
@@ -345,3 +479,14 @@ class Job:
         if self.world.is_main:
             with tolerant("run.json"):
                 self.run.note(status=status)
+
+
+def _samples_of(micro_batches: list[MicroBatch]) -> tuple[list[int], list[str]]:
+    """Numbers and keys of what this rank has read for a step."""
+    samples = [int(i) for micro in micro_batches for i in micro.samples]
+    return samples, [key for micro in micro_batches for key in micro.keys]
+
+
+def _mean(losses: list[float]) -> float | None:
+    """None where no step had a finite loss."""
+    return sum(losses) / len(losses) if losses else None

@@ -22,6 +22,10 @@ def format_eta(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def _figure(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
 class Metrics:
     """Writer of a run's metrics; on other ranks than 0 every call does nothing."""
 
@@ -31,18 +35,33 @@ class Metrics:
         """``memory``: what the loop's peak bytes are, ``max_reserved`` of a GPU or ``max_rss`` of a process."""
         self.run, self.main, self.attempt, self.steps, self.memory = run, main, attempt, steps, memory
         self._board: Any = None
+        self._with_board = tensorboard
         self._bar: Any = None
         self._log: TextIO | None = None
         if not main:
             return
         (run / "logs").mkdir(parents=True, exist_ok=True)
         self._log = open(run / "logs" / "rank-0.log", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(run / "events"), purge_step=start + 1)
+        self._open_board(start)
         if sys.stderr.isatty():
             self._bar = _bar(run.name, steps, start)
+
+    def _open_board(self, start: int) -> None:
+        if self._with_board:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.run / "events"), purge_step=start + 1)
+
+    def rewind(self, attempt: int, step: int) -> None:
+        """Lines from now on are of ``attempt``, which goes on from ``step``; TensorBoard drops what lies past it."""
+        self.attempt = attempt
+        if not self.main:
+            return
+        if self._board is not None:
+            self._board.close()
+        self._open_board(step)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step)
 
     def say(self, text: str) -> None:
         """A line for people: to the run's log and, where there is no bar, to standard output."""
@@ -57,13 +76,15 @@ class Metrics:
             print(text, flush=True)
 
     def interval(self, ended: Interval, values: dict[str, Any], eta: float | None) -> None:
-        """One logging interval: rates from the meter, ``values`` (loss, lr, norm, peak bytes per rank) from the loop."""
+        """One logging interval: rates from the meter, ``values`` (loss, lr, norm, peak bytes per rank) from the loop.
+
+        Loss and norm are None, and not in the line, where no step of the interval had a finite one.
+        """
         if not self.main:
             return
-        line = {
-            "loss/global_avg": values["loss"],
+        known = {"loss/global_avg": values["loss"], "grad_norm": values["grad_norm"]}
+        line = {name: value for name, value in known.items() if value is not None} | {
             "lr": values["lr"],
-            "grad_norm": values["grad_norm"],
             "images_per_second": ended.images_per_second,
             "tokens_per_second": ended.tokens_per_second,
             "flops_per_second": ended.flops_per_second,
@@ -77,14 +98,15 @@ class Metrics:
         line |= {f"memory/{self.memory}(GiB)": max(peaks), "memory/per_rank(GiB)": peaks}
         spent, six_nd = values["model_flops"], values["six_nd"]  # committed: every step once
         line |= {"flops/model": spent, "flops/6nd": six_nd, "flops/model_over_6nd": spent / six_nd}
-        self.record(ended.step, line | {"images": values["images"], "bad_samples": values["bad"]})
+        skipped = {"skipped_steps": values["skipped"]} if values["skipped"] else {}
+        self.record(ended.step, line | {"images": values["images"], "bad_samples": values["bad"]} | skipped)
         inside = ""
         if ended.communication_share is not None and ended.devices > 1:
             inside = f"  comm {100 * ended.communication_share:.0f}%"
         mfu = f"  mfu {100 * ended.mfu:.1f}%" if ended.mfu is not None else ""
         text = (
-            f"step {ended.step}/{self.steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
-            f"norm {values['grad_norm']:.3f}  {ended.images_per_second:.0f} images/s  "
+            f"step {ended.step}/{self.steps}  loss {_figure(values['loss'], 4)}  lr {values['lr']:.2e}  "
+            f"norm {_figure(values['grad_norm'], 3)}  {ended.images_per_second:.0f} images/s  "
             f"{ended.tokens_per_second:.0f} tokens/s  "
             f"data {100 * ended.data_wait_share:.0f}%{inside}  {max(peaks):.1f} GiB{mfu}  "
             f"C {spent:.2e} ({spent / six_nd:.3f} of 6ND)  eta {format_eta(eta)}"

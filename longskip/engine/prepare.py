@@ -22,7 +22,7 @@ from longskip.engine.data.reader import Reader
 from longskip.engine.data.sources import SizedSource
 from longskip.engine.data.tokens import Vocabulary
 from longskip.engine.diffusion import objective_of
-from longskip.engine.distributed import World, broadcast_object, device_name_of
+from longskip.engine.distributed import ATTEMPT, World, broadcast_object, device_name_of
 from longskip.engine.inputs import Inputs
 from longskip.engine.job import Job, LoopState
 from longskip.engine.metrics import Metrics
@@ -111,7 +111,8 @@ def prepare(config: Config, run_path: Path, world: World) -> Job:
         lambda cursor: costs[plan.bucket_at(cursor)], state, attempt, meter, metrics, validation, started_at=state.step,
     )  # fmt: skip
     for complaint in complaints:
-        job.incident("bad_checkpoint", complaint)
+        if world.is_main:  # what all ranks were told
+            job.incident("bad_checkpoint", complaint)
         metrics.say(f"passed over a checkpoint: {complaint}")
     _announce(job, resuming, n_parameters, meter, assignment)
     return job
@@ -217,7 +218,9 @@ def _claim(run: RunFolder, config: Config) -> dict[str, Any]:
     saved = run.summary() if resuming else {}
     attempts = (entry.attempt for entry in ledger.read(run / "ledger.jsonl").entries)
     begun = {"micro_batch": saved.get("micro_batch"), "initial": saved.get("initial")}
-    return {"resuming": resuming, "attempt": 1 + max(attempts, default=0)} | begun
+    supervised = os.environ.get(ATTEMPT, "")  # its number, which counts attempts that did not come so far as well
+    attempt = max(1 + max(attempts, default=0), int(supervised) if supervised.isdigit() else 0)
+    return {"resuming": resuming, "attempt": attempt} | begun
 
 
 def _check(run: RunFolder, config: Config, batch: BatchPlan, device: torch.device, resuming: bool) -> None:

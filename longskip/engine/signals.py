@@ -6,9 +6,13 @@ installed before anything heavy is imported, so that a signal during start-up is
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
 from typing import Any
 
+SUPERVISOR = "LONGSKIP_SUPERVISOR"  # the number of the process that started this rank
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 _received: list[int] = []
@@ -31,3 +35,16 @@ def asked() -> bool:
 
 def forget() -> None:
     _received.clear()
+
+
+def end_with_supervisor() -> None:
+    """From now on this process is killed when its supervisor dies, however it dies; nothing without one.
+
+    Linux' PR_SET_PDEATHSIG, set by the rank itself: a supervisor has threads, and must run nothing between fork and exec.
+    """
+    supervisor = os.environ.get(SUPERVISOR, "")
+    if not supervisor.isdigit() or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != int(supervisor):  # it died before
+        os._exit(1)

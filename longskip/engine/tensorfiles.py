@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from longskip.engine.jsonfiles import read_object
 from longskip.errors import CheckpointError, DiskFullError
 
 PIECE = 1 << 24  # elements: 64 MiB of fp32
@@ -62,7 +63,7 @@ def write_file(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]
                 f"{path} needs {needed:,} bytes, {free:,} are free", cure="free space or write elsewhere"
             )
         with open(temporary, "wb") as file:
-            _write(file, entries, metadata)
+            write_tensors(file, entries, metadata)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -98,7 +99,8 @@ def write_files(
     return [*paths, listing]
 
 
-def _write(file: BinaryIO, entries: Sequence[Entry], metadata: Mapping[str, str]) -> None:
+def write_tensors(file: BinaryIO, entries: Sequence[Entry], metadata: Mapping[str, str]) -> None:
+    """A safetensors file's bytes, from where ``file`` stands; raises CheckpointError as ``write_file``."""
     ordered = sorted(entries, key=lambda e: -e.dtype.itemsize)  # stable; keeps every tensor aligned to its elements
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -207,12 +209,12 @@ def parts_of(path: Path) -> list[Path]:
     """The safetensors files that ``path`` names: itself, or those of an index; CheckpointError for a broken index."""
     if not path.name.endswith(".index.json"):
         return [path]
+    listed = read_object(path, CheckpointError).get("weight_map")
     try:
-        listed = json.loads(path.read_text("utf-8"))["weight_map"]
-        names = sorted(set(listed.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        names = sorted(set(listed.values()))  # type: ignore[union-attr]
+    except (TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is no index of safetensors files: {error}") from None
-    strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    strange = [name for name in names if not isinstance(name, str) or Path(name).name != name or "\0" in name]
     if strange or not names:
         raise CheckpointError(f"{path} names {strange[:1] or 'no file'}; an index names files beside itself")
     return [path.with_name(name) for name in names]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
-from longskip.engine import signals
+from longskip.engine import pulse, signals
 from longskip.engine.config import Config
-from longskip.engine.distributed import join
+from longskip.engine.distributed import World, join, lost_neighbour
 from longskip.engine.job import Job
 from longskip.engine.prepare import prepare
 from longskip.engine.runs import RunFolder
-from longskip.errors import EXIT_DONE, EXIT_SAVED, LongskipError
+from longskip.errors import EXIT_DONE, EXIT_SAVED, LongskipError, RemoteError, RendezvousError
 
 __all__ = ["fit", "prepare", "train"]
 
@@ -21,17 +22,23 @@ def fit(job: Job) -> int:
     A step is saved before it is looked at: whatever goes wrong with the validation or the samples, its checkpoint lies
     there. What a run cannot read, in training or validation, ends it on all ranks with the last finished step saved.
     """
+    beat = pulse.own()
     while True:
         if job.due(job.config.checkpoint.every) or (job.stopping and job.state.step > job.started_at):
+            beat.phase("save", finished=job.state.step)
             job.save()
         if job.due(job.config.eval.every) and not job.stopping:
+            beat.phase("evaluate", finished=job.state.step)
             job.evaluate()
         if job.due(job.config.logging.samples_every) and not job.stopping:
+            beat.phase("samples", finished=job.state.step)
             job.draw_samples()
         if job.finished or job.stopping:
             break
+        beat.step(job.state.step + 1)
         job.step(job.read())
         job.log()
+    beat.phase("save", finished=job.state.step)  # what is still being written
     return EXIT_DONE if job.finished else EXIT_SAVED
 
 
@@ -43,23 +50,45 @@ def train(config: Config, run_path: Path) -> int:
     signals.listen()
     world = join(config.launch.timeout_minutes)
     try:
+        return _train(config, run_path, world)
+    except RuntimeError as error:
+        if (lost := lost_neighbour(error, f"at step {pulse.own().beat.step}")) is None:
+            raise
+        raise lost from error
+
+
+def _train(config: Config, run_path: Path, world: World) -> int:
+    try:
         job = prepare(config, run_path, world)
-    except Exception:
+    except Exception as error:
+        pulse.own().end("final" if _would_come_again(error) else "failed")
         if world.is_main:
             RunFolder(run_path).sweep_failed_start()
         raise
-    status = "failed"
+    status: Literal["done", "saved", "failed"] = "failed"
+    word: pulse.Word = "failed"
     try:
         code = fit(job)
-        status = "done" if code == EXIT_DONE else "saved"
+        word = status = "done" if code == EXIT_DONE else "saved"
         if code == EXIT_SAVED:
             if world.is_main:
                 job.incident("signal", "saved and stopped; the same command goes on")
             job.metrics.say(f"saved at step {job.state.step} on a signal; the same command goes on from here")
         return code
     except LongskipError as error:
+        word = "final" if error.final else "failed"
+        if error.alike:
+            job.saving.settle()  # of an earlier step; what it holds would be lost with this process
         if world.is_main or not error.alike:
             job.incident("error", str(error))
         raise
     finally:
         job.close(status)
+        pulse.own().end(word)
+
+
+def _would_come_again(error: Exception) -> bool:
+    """Whether a start that all ranks refused alike would be refused again: what can pass by itself is not meant."""
+    passing = (RemoteError, RendezvousError)
+    named = isinstance(error, LongskipError) and type(error) is not LongskipError and error.alike
+    return named and not isinstance(error, passing)

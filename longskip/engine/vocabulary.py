@@ -13,8 +13,9 @@ from longskip.engine.data.mix import MixedSource
 from longskip.engine.data.sources import ShardSource, SizedSource, Source
 from longskip.engine.data.tokens import FIRST_WORD, Vocabulary
 from longskip.engine.data.windows import WindowOrder
+from longskip.engine.jsonfiles import read_object
 from longskip.engine.runs import write_atomic
-from longskip.errors import BadSampleError
+from longskip.errors import BadSampleError, DataError
 
 SCAN = 100_000
 
@@ -43,7 +44,8 @@ def save_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
 
 
 def load_vocabulary(path: Path) -> Vocabulary:
-    return Vocabulary.from_json(json.loads(path.read_text("utf-8")))
+    """The words of a run; raises DataError for a file that is none of them."""
+    return Vocabulary.from_json(read_object(path, DataError))
 
 
 def words_of(run: Path, config: Config) -> Vocabulary | None:

@@ -17,6 +17,7 @@ from longskip.launcher.cli_budget import app as budget_app
 from longskip.launcher.cli_checkpoint import app as checkpoint_app
 from longskip.launcher.cli_config import app as config_app
 from longskip.launcher.cli_data import app as data_app
+from longskip.launcher.cli_launch import TAKES_THE_REST, launch, status, supervise
 from longskip.launcher.cli_plan import plan
 from longskip.launcher.cli_profile import profile
 
@@ -36,6 +37,9 @@ app.add_typer(checkpoint_app, name="checkpoint")
 
 app.command()(plan)
 app.command()(profile)
+app.command(options_metavar="[OPTIONS] -- train CONFIG [a.b=c]...", context_settings=TAKES_THE_REST)(launch)
+app.command(options_metavar="[OPTIONS] -- train CONFIG [a.b=c]...", context_settings=TAKES_THE_REST)(supervise)
+app.command()(status)
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name under runs/")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object, for machines")]
@@ -68,12 +72,15 @@ def train(
     Joins the world that RANK and WORLD_SIZE name (deepspeed, torchrun, srun) and is one rank otherwise.
     Exit codes: 0 done, 1 failed, 2 configuration, 75 saved on a signal (start again).
     """
-    from longskip.engine import signals
+    from longskip.engine import pulse, signals
     from longskip.engine.configio import load_config
     from longskip.engine.runs import RUNS
 
     if not dry_run:
         signals.listen()  # before anything heavy: an early signal is kept for the first step's end
+        signals.end_with_supervisor()
+        pulse.show_stacks_when_asked()
+        pulse.own().phase("start")
     resolved = load_config(config, overrides or ())
     if not (resolved.data.path or resolved.data.mix or dry_run):
         raise ConfigError("data.path is not set", cure="name a folder of shards, or of pictures with captions")
@@ -91,21 +98,6 @@ def train(
     from longskip.engine.trainer import train as run_training
 
     raise typer.Exit(run_training(resolved, run))
-
-
-@app.command(
-    options_metavar="[OPTIONS] -- train CONFIG [a.b=c]...",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)
-def launch(
-    context: typer.Context,
-    local: Annotated[int, typer.Option("--local", metavar="N", help="ranks on this machine")] = 2,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the launcher's command, and stop")] = False,
-) -> None:
-    """Start ranks through the deepspeed launcher: longskip launch --local 2 -- train CONFIG."""
-    from longskip.launcher.local import launch as launch_ranks
-
-    raise typer.Exit(launch_ranks(local, context.args, dry_run=dry_run))
 
 
 @app.command()

@@ -158,6 +158,11 @@ class Meter:
         self._restart(now)
         return ended
 
+    def rewind(self, step: int) -> None:
+        """What was measured since the last interval is dropped, and the next one begins at ``step`` now."""
+        self.step = step
+        self._restart()
+
     def eta(self, last_step: int) -> float | None:
         """Seconds until ``last_step`` at the pace of the last intervals; None before the first step is measured."""
         running = self._interval(self._clock())

@@ -201,7 +201,7 @@ def _control(world: int, logs: bool) -> list[Collective]:
     """What the engine's own loop sends, in float64: see ``engine.job``."""
     rows = [
         Collective("all_reduce", 1, 8, "every rank has read its samples"),
-        Collective("all_reduce", 1, 32, "loss, bad samples, stop, not finite"),
+        Collective("all_reduce", 1, 40, "loss, bad samples, stop, not finite, save written"),
     ]
     return rows + ([Collective("all_reduce", 1, 8 * world, "peak memory of every rank")] if logs else [])
 

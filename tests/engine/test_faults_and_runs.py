@@ -156,14 +156,14 @@ def _non_finite_gradient(config: object, run: Path) -> None:
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_gradient_that_is_not_finite_moves_no_weight(shapes: Path, tmp_path: Path, stage: int) -> None:
-    run = tmp_path / "run"
-    assert run_ranks(2, _non_finite_gradient, small_config(shapes, deepspeed={"zero_stage": stage}), run) == [0, 0]
+    config = small_config(shapes, deepspeed={"zero_stage": stage}, train={"not_finite": "stop"})
+    assert run_ranks(2, _non_finite_gradient, config, tmp_path / "run") == [0, 0]
 
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_step(shapes: Path, tmp_path: Path, stage: int) -> None:
-    run = tmp_path / "run"
-    assert run_ranks(2, _non_finite, small_config(shapes, deepspeed={"zero_stage": stage}), run) == [0, 0]
+    run, config = tmp_path / "run", small_config(shapes, deepspeed={"zero_stage": stage}, train={"not_finite": "stop"})
+    assert run_ranks(2, _non_finite, config, run) == [0, 0]
     assert json.loads((run / "incidents.jsonl").read_text().splitlines()[0])["kind"] == "not_finite"
 
 

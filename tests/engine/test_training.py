@@ -100,9 +100,12 @@ def test_initial_parameters_are_bitwise_equal(
 
 
 def bare_loop(
-    config: Config, vocabulary_file: Path
+    config: Config, vocabulary_file: Path, missed: tuple[int, ...] = ()
 ) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The same training without DeepSpeed, our optimizer, shards or kernels' loss: plain torch in fp32."""
+    """The same training without DeepSpeed, our optimizer, shards or kernels' loss: plain torch in fp32.
+
+    Of the steps ``missed`` the loss is found, and nothing is moved.
+    """
     vocabulary = load_vocabulary(vocabulary_file)
     model = build_model(config, len(vocabulary), layout="named").materialize(config.train.seed)
     decay = [p for n, p, _, _ in model.canonical() if _decays(model, n)]
@@ -126,6 +129,9 @@ def bare_loop(
         squared = ((predicted - batch.clean) ** 2).mean((1, 2, 3)) / t.view(-1).clamp(min=0.05) ** 2
         loss = squared.mean()
         optimizer.zero_grad()
+        values.append(loss.item())
+        if step in missed:
+            continue
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
         for group in optimizer.param_groups:
@@ -134,7 +140,6 @@ def bare_loop(
         rate = 1 - ema_decay(config.optim, step)
         for name, p, _, _ in model.canonical():
             ema[name] += rate * (p.detach() - ema[name])
-        values.append(loss.item())
     reader.close()
     return values, {n: p.detach().clone() for n, p, _, _ in model.canonical()}, ema
 

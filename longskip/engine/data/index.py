@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -38,8 +38,18 @@ SEEN = ("image", "latent.npy")
 """What a model can be shown: a shard holds at least one of these kinds."""
 REFUSED = frozenset({"pyd", "pkl", "pickle", "pth", "pt", "ckpt", "joblib", "dill"})
 
+MAX_INDEX_BYTES = 1 << 28
+MAX_SHARD_BYTES = 1 << 50
+MAX_TAR_HEADER = 1 << 20
+
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
+_TABLE_HEADER = 1 << 12
+_FIELD = re.compile(r"\('([a-z0-9._]+)', '(\|S[0-9]{1,5}|<u4|<i8)'\)")
+_TABLE = re.compile(
+    rf"\{{'descr': \[(?P<fields>(?:{_FIELD.pattern}(?:, )?)+)\], 'fortran_order': (?:True|False), "
+    r"'shape': \((?P<rows>[0-9]{1,15}),\), \} *\n"
+)
 _BLOCK = 512
 _END = 2 * _BLOCK
 _URL = re.compile(r"^\s*[A-Za-z][A-Za-z0-9+.-]+:|://")
@@ -146,13 +156,22 @@ def _reindex(folder: Path) -> str:
     return f"restore the shard, or index what is there: longskip data index {folder}"
 
 
+class _Headers(io.BufferedReader):
+    """What ``tarfile`` walks on: a header says how long the name that follows is, and would have as much read."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= MAX_TAR_HEADER:
+            raise tarfile.ReadError(f"a header asks for {size} bytes at byte {self.tell()}, the limit is {MAX_TAR_HEADER}")
+        return super().read(size)
+
+
 def _walk(path: Path) -> tuple[list[tuple[str, dict[str, tuple[int, int]]]], int]:
     """[(key, {kind: (offset, size)})] in file order and where the last member ends (rounded up to a block)."""
     samples: list[tuple[str, dict[str, tuple[int, int]]]] = []
     seen: set[str] = set()
     end = 0
     total = path.stat().st_size
-    with tarfile.open(path, "r:") as tar:
+    with _Headers(io.FileIO(path)) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
         for member in tar:
             where = f"{path}: member {member.name!r} at byte {member.offset}"
             stop = member.offset_data + member.size
@@ -209,7 +228,7 @@ def index_shard(path: Path, file: str | None = None) -> tuple[ShardEntry, np.nda
         rows, end = _walk(path)
     except FileNotFoundError:
         raise ShardError(f"{path} does not exist") from None
-    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+    except (tarfile.TarError, OSError, ValueError, EOFError, RecursionError) as error:  # long names of long names
         raise ShardError(f"{path} cannot be read as a tar: {error}", cure=cure) from error
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if size - end < _END or any(data[end : end + _END]):
@@ -355,17 +374,27 @@ def load_index(path: str | os.PathLike[str], *, check: bool = True) -> Index:
     folder = path.parent
     cure = f"longskip data index {folder}"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as stream:
+            text = stream.read(MAX_INDEX_BYTES + 1)
+        if len(text) > MAX_INDEX_BYTES:
+            raise ShardError(f"{path} is larger than {MAX_INDEX_BYTES} bytes; that is no index", cure=cure)
+        data = json.loads(text.decode("utf-8"))
     except FileNotFoundError:
         raise ShardError(f"{path} does not exist", cure=cure) from None
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read: {error.strerror}", cure=cure) from error
     except (ValueError, RecursionError) as error:
         raise ShardError(f"{path} is not valid JSON: {error}", cure=cure) from error
     if not isinstance(data, dict) or data.get("version") != VERSION:
-        found = data.get("version") if isinstance(data, dict) else None
-        raise ShardError(f"{path} has version {found!r}; this longskip reads version {VERSION}", cure=cure)
+        found = str(data.get("version"))[:80] if isinstance(data, dict) else None
+        raise ShardError(f"{path} has version {found}; this longskip reads version {VERSION}", cure=cure)
     try:
         shards = tuple(_entry(item) for item in data["shards"])
         encoders = data.get("encoders", {})
+        if not isinstance(encoders, dict) or not _shallow(encoders):
+            raise ValueError("encoders is no mapping of a few values")
+        if len({shard.file for shard in shards}) < len(shards):
+            raise ValueError("a shard is named twice")
         total = data["total"]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ShardError(f"{path} is malformed: {type(error).__name__}: {error}", cure=cure) from error
@@ -388,11 +417,25 @@ def _entry(item: dict[str, Any]) -> ShardEntry:
         raise ValueError(f"shard file {file!r}: {error.message}") from None
     for name in ("count", "bytes"):
         if isinstance(item[name], bool) or not isinstance(item[name], int) or item[name] < 1:
-            raise ValueError(f"{file}: {name} is {item[name]!r}")
+            raise ValueError(f"{file}: {name} is {str(item[name])[:80]}")
+    if not item["count"] * _BLOCK <= item["bytes"] <= MAX_SHARD_BYTES:
+        raise ValueError(f"{file}: {item['count']} samples in {item['bytes']} bytes")
+    sha256, members = item["sha256"], item.get("members", {})
+    if not isinstance(sha256, str) or not SHA256.fullmatch(sha256):
+        raise ValueError(f"{file}: the SHA-256 is {str(sha256)[:80]!r}")
+    if not isinstance(members, dict) or any(type(n) is not int or not 0 <= n <= item["count"] for n in members.values()):
+        raise ValueError(f"{file}: members is {str(members)[:80]}")
     of_table = item.get("table_sha256")
     if of_table is not None and not SHA256.fullmatch(str(of_table)):
         raise ValueError(f"{file}: table_sha256 is {str(of_table)[:80]!r}")
-    return ShardEntry(file, item["count"], item["bytes"], str(item["sha256"]), dict(item.get("members", {})), of_table)
+    return ShardEntry(file, item["count"], item["bytes"], sha256, members, of_table)
+
+
+def _shallow(value: Any, depth: int = 8) -> bool:
+    """Whether a JSON value has at most so many mappings and lists within one another."""
+    if not isinstance(value, (dict, list)):
+        return True
+    return depth > 0 and all(_shallow(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value))
 
 
 def load_table(folder: Path, shard: ShardEntry) -> np.ndarray:
@@ -403,19 +446,41 @@ def load_table(folder: Path, shard: ShardEntry) -> np.ndarray:
     path = folder / shard.table
     cure = f"longskip data index {folder}"
     try:
-        table = np.load(path, mmap_mode="r", allow_pickle=False)
+        with path.open("rb") as stream:
+            rows, dtype, offset = _table_header(stream)
+            names = dtype.names or ()
+            kinds = [name[: -len("_offset")] for name in names if name.endswith("_offset")]
+            whole = "key" in names and set(kinds) <= set(KINDS)
+            if not whole or dtype != _dtype(kinds, dtype["key"].itemsize) or not any(kind in kinds for kind in SEEN):
+                raise ShardError(f"{path} is not a table of shard members", cure=cure)
+            if rows != shard.count:
+                raise ShardError(f"{path} has {rows} rows, expected {shard.count}", cure=cure)
+            expected, found = offset + rows * dtype.itemsize, os.fstat(stream.fileno()).st_size
+            if found != expected:
+                raise ShardError(f"{path} has {found} bytes, expected {expected}", cure=cure)
+            return np.memmap(stream, dtype, "r", offset, (rows,))
     except FileNotFoundError:
         raise ShardError(f"{path} does not exist", cure=cure) from None
     except (ValueError, OSError, EOFError) as error:
-        raise ShardError(f"{path} is not a table: {error}", cure=cure) from error
-    names = table.dtype.names or ()
-    kinds = [name[: -len("_offset")] for name in names if name.endswith("_offset")]
-    whole = table.ndim == 1 and table.dtype == _dtype(kinds, table.dtype["key"].itemsize) if "key" in names else False
-    if not whole or not any(kind in kinds for kind in SEEN):
-        raise ShardError(f"{path} is not a table of shard members", cure=cure)
-    if len(table) != shard.count:
-        raise ShardError(f"{path} has {len(table)} rows, expected {shard.count}", cure=cure)
-    return table
+        raise ShardError(f"{path} is not a table of shard members: {error}", cure=cure) from error
+
+
+def _table_header(stream: BinaryIO) -> tuple[int, np.dtype, int]:
+    """(rows, dtype, where the numbers begin) of a table's ``.npy``; ValueError for anything else.
+
+    Not by ``np.load``, which takes archives and pickles too, and as much memory as a header asks for.
+    """
+    start = stream.read(_TABLE_HEADER + 12)
+    width = {b"\x93NUMPY\1\0": 2, b"\x93NUMPY\2\0": 4}.get(start[:8])
+    if width is None:
+        raise ValueError(f"it starts with {start[:8]!r}")
+    offset = 8 + width + int.from_bytes(start[8 : 8 + width], "little")
+    if offset > len(start):
+        raise ValueError(f"its header is cut, or longer than {_TABLE_HEADER} bytes")
+    found = _TABLE.fullmatch(start[8 + width : offset].decode("latin1"))
+    if found is None:
+        raise ValueError(f"its header says {start[8 + width :][:80]!r}")
+    return int(found["rows"]), np.dtype(_FIELD.findall(found["fields"])), offset
 
 
 def check_table_hash(folder: Path, shard: ShardEntry) -> None:

@@ -30,6 +30,7 @@ from longskip.errors import ConfigError, DataError
 
 ROUNDS = 8
 MAX_SAMPLES = 1 << 48
+MAX_POSITION = 1 << 62
 
 
 @lru_cache(maxsize=64)
@@ -87,8 +88,8 @@ class Cursor:
 
     def __post_init__(self) -> None:
         for name, value in (("position", self.position), ("n_samples", self.n_samples)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise DataError(f"cursor {name} is {value!r}; it must be an integer of 0 or more")
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_POSITION:
+                raise DataError(f"cursor {name} is {str(value)[:80]}; it must be an integer from 0 to {MAX_POSITION}")
         object.__setattr__(self, "skipped", _merged(self.skipped))
 
     @property
@@ -145,7 +146,7 @@ class Cursor:
             pairs = tuple((pair[0], pair[1]) for pair in data["skipped"])
             return cls(data["position"], pairs, data.get("samples", 0))
         except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise DataError(f"not a cursor: {data!r}") from error
+            raise DataError(f"not a cursor: {str(data)[:200]}") from error
 
 
 def _merged(intervals: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
@@ -153,8 +154,8 @@ def _merged(intervals: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]
     for interval in intervals:
         if len(interval) != 2 or any(isinstance(end, bool) or not isinstance(end, int) for end in interval):
             raise DataError(f"skipped interval {interval!r}; it must be two integers [start, stop)")
-        if not 0 <= interval[0] < interval[1]:
-            raise DataError(f"skipped interval {interval!r}; it must satisfy 0 <= start < stop")
+        if not 0 <= interval[0] < interval[1] <= MAX_POSITION:
+            raise DataError(f"skipped interval {str(interval)[:80]}; it must satisfy 0 <= start < stop <= {MAX_POSITION}")
     for start, stop in sorted(tuple(interval) for interval in intervals):
         if out and start <= out[-1][1]:
             out[-1] = (out[-1][0], max(out[-1][1], stop))

@@ -21,7 +21,7 @@ from longskip.engine.data.decode import MAX_PIXELS
 from longskip.engine.data.plan import Cursor, Plan
 from longskip.engine.data.sources import Source
 from longskip.engine.data.tokens import Vocabulary
-from longskip.engine.data.workers import Coordinates, Workers
+from longskip.engine.data.workers import Coordinates, Workers, slots_of
 from longskip.errors import ConfigError, DataError, LongskipError
 
 THREADS = 2
@@ -31,6 +31,8 @@ GIL to and fro between system calls of 10 µs, and read less."""
 
 LOOKED_UP = 2048
 """Positions that are looked up in the plan at a time; a few cost as much as many."""
+PREFETCH = 2
+"""Micro-batches that are assembled ahead, times the accumulation or the workers, whichever are more."""
 GROUPED, GROUPED_BYTES = 256, 40 << 20
 """Samples with stored latents that are read at a time, as several micro-batches, and the bytes that they may have: what
 is done once for a micro-batch costs as much as reading half of its samples."""
@@ -70,7 +72,7 @@ class Reader:
         too_long: Literal["error", "truncate"] = "error",
         latent_shape: tuple[int, int, int] | None = None,
         max_pixels: int = MAX_PIXELS,
-        prefetch: int = 2,
+        prefetch: int = PREFETCH,
         start_method: Literal["spawn", "forkserver"] = "spawn",
     ) -> None:
         if len(source) != plan.n_samples:
@@ -132,20 +134,15 @@ class Reader:
         if self._stream is not None:
             return self._stream
         walk = _Walk(self.plan, self.cursor, self.rank, self.world, self.micro, self.accumulation)
-        several = self._several()
-        ahead = self.prefetch * max(self.accumulation, self.workers)  # micro-batches
+        several = several_of(self.assembler, self.micro)
         if not self.workers:
+            ahead = self.prefetch * self.accumulation  # micro-batches
             self._stream = _Threaded(self.assembler, _grouped(iter(walk), several), -(-ahead // several))
             return self._stream
+        sizes = _sizes_of(self.assembler, self.micro, self.accumulation, self.workers, self.prefetch)
         try:
             self._stream = Workers(
-                self.assembler,
-                _grouped(iter(walk), several),
-                count=self.workers,
-                ahead=-(-ahead // (several * self.workers)),
-                held=-(-self.accumulation // several) + (several > 1),
-                micro=self.micro * several,
-                start_method=self.start_method,
+                self.assembler, _grouped(iter(walk), several), start_method=self.start_method, **sizes
             )
         except OSError as error:
             raise DataError(
@@ -153,13 +150,6 @@ class Reader:
                 cure="fewer workers or a smaller train.micro_batch (memory that is shared, processes), or workers: 0",
             ) from error
         return self._stream
-
-    def _several(self) -> int:
-        """Micro-batches that are read at a time."""
-        features = self.assembler.features
-        if features is None or features.latent is None:  # pictures are decoded one by one
-            return 1
-        return max(1, min(GROUPED // self.micro, GROUPED_BYTES // self.assembler.batch_bytes(self.micro)))
 
     def seek(self, cursor: Cursor) -> None:
         """Goes on at ``cursor``; what was prepared ahead is thrown away."""
@@ -178,6 +168,32 @@ class Reader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def several_of(assembler: Assembler, micro: int) -> int:
+    """Micro-batches of ``micro`` samples that are read at a time."""
+    features = assembler.features
+    if features is None or features.latent is None:  # pictures are decoded one by one
+        return 1
+    return max(1, min(GROUPED // micro, GROUPED_BYTES // assembler.batch_bytes(micro)))
+
+
+def _sizes_of(assembler: Assembler, micro: int, accumulation: int, workers: int, prefetch: int) -> dict[str, int]:
+    """How many batches, and how large, ``Workers`` keeps for a reader."""
+    several = several_of(assembler, micro)
+    ahead = prefetch * max(accumulation, workers)  # micro-batches
+    return {
+        "count": workers,
+        "ahead": -(-ahead // (several * workers)),
+        "held": -(-accumulation // several) + (several > 1),
+        "micro": micro * several,
+    }
+
+
+def shared_bytes(assembler: Assembler, micro: int, accumulation: int, workers: int) -> int:
+    """Bytes of shared memory that the worker processes of one rank's ``Reader`` take."""
+    slots, size, _ = slots_of(assembler, **_sizes_of(assembler, micro, accumulation, workers, PREFETCH))
+    return slots * size
 
 
 class _Walk:

@@ -56,6 +56,14 @@ def _room_for(n_bytes: int) -> None:
         )
 
 
+def slots_of(assembler: Assembler, *, count: int, ahead: int, held: int, micro: int) -> tuple[int, int, int]:
+    """(slots, bytes of each, batches under way in a worker) of the ``Workers`` with these settings."""
+    size = (assembler.batch_bytes(micro) + micro * _SMALL) // _ALIGN * _ALIGN + 64 * _ALIGN
+    # Neither side may wait to be read while the other does: tasks under way must fit into the pipe, or be one.
+    ahead = min(ahead, max(1, _PIPE // (16 * micro + 1024)))
+    return count * ahead + held + 1, size, ahead
+
+
 class Workers:
     """``count`` processes; batch k of the endless ``walk`` is worker k mod count's, ``ahead`` are under way in each.
 
@@ -77,10 +85,7 @@ class Workers:
         context: Any = multiprocessing.get_context(start_method)
         if start_method == "forkserver":
             context.set_forkserver_preload([__name__])  # torch is imported once, not by every worker
-        size = (assembler.batch_bytes(micro) + micro * _SMALL) // _ALIGN * _ALIGN + 64 * _ALIGN
-        # Neither side may wait to be read while the other does: tasks under way must fit into the pipe, or be one.
-        ahead = min(ahead, max(1, _PIPE // (16 * micro + 1024)))
-        slots = count * ahead + held + 1
+        slots, size, ahead = slots_of(assembler, count=count, ahead=ahead, held=held, micro=micro)
         _room_for(slots * size)
         shared = [context.RawArray("B", size) for _ in range(slots)]
         self._slots = [np.frombuffer(memory, np.uint8) for memory in shared]

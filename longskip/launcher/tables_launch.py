@@ -1,0 +1,78 @@
+"""What a launch would run, and what runs are at, for people (rich)."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+from longskip.launcher.rendering import Rendered
+from longskip.launcher.status import Status
+from longskip.profiling import units
+
+_LANGUAGES = {"run.sbatch": "bash", "job.yaml": "yaml", "supervise.py": "python"}
+
+
+def print_rendered(rendered: Rendered, told: dict[str, Any]) -> None:
+    """Every file, the variables, the commands and DeepSpeed's JSON; texts that can be copied as they stand."""
+    from rich.console import Console
+
+    console = Console(soft_wrap=True)
+    for name, text in rendered.files.items():
+        _part(console, f"{told['kept']}/{name}", text, _LANGUAGES.get(name, "text"))
+    if rendered.environment:
+        lines = "".join(f"{name}={shlex.quote(value)}\n" for name, value in rendered.environment.items())
+        _part(console, "environment", lines, "bash")
+    for node, command in enumerate(rendered.per_node):
+        _part(console, f"command of node {node}", shlex.join(command) + "\n", "bash")
+    if rendered.command and rendered.command not in rendered.per_node:
+        _part(console, "command", shlex.join(rendered.command) + "\n", "bash")
+    _part(console, "DeepSpeed's configuration", json.dumps(told["deepspeed"], indent=1) + "\n", "json")
+    _part(console, "notes", "".join(f"{note}\n" for note in rendered.notes), "text")
+
+
+def _part(console: Any, title: str, text: str, language: str) -> None:
+    from rich.syntax import Syntax
+    from rich.text import Text
+
+    console.print(Text(f"── {title} " + "─" * max(2, 60 - len(title)), style="bold cyan"))
+    if console.is_terminal:
+        console.print(Syntax(text.rstrip("\n"), language, background_color="default", word_wrap=True))
+    else:
+        console.print(Text(text.rstrip("\n")))
+    console.print()
+
+
+_COLOURS = {"running": "green", "done": "green", "saved": "yellow", "failed": "red", "crashed": "red", "new": "dim"}
+
+
+def print_status(found: list[Status]) -> None:
+    """A row a run, and its last incidents below."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for title in ("run", "state", "step", "left", "images/s", "MFU", "last commit", "attempts", "goodput"):
+        table.add_column(title, justify="left" if title in ("run", "state") else "right", no_wrap=title != "run")
+    for each in found:
+        ranks = f" ({each.world})" if each.world and each.state == "running" else ""
+        commit = "–"
+        if each.committed is not None and each.committed_age is not None:
+            commit = f"{each.committed:,}, {units.duration(each.committed_age)} ago"
+        table.add_row(
+            Text(each.name), Text(each.state + ranks, style=_COLOURS[each.state]),
+            f"{each.step:,}" + (f" of {each.steps:,}" if each.steps else ""),
+            "–" if each.eta is None else units.duration(each.eta), units.rate(each.images_per_second),
+            units.share(each.mfu), commit,
+            f"{each.attempts}" + (f", {each.restarts} restarted" if each.restarts else ""), units.share(each.goodput),
+        )  # fmt: skip
+    console.print(table)
+    for each in found:
+        if each.incident_count:
+            console.print(Text(f"{each.name}: {each.incident_count} incident(s)", style="bold"))
+        for row in each.incidents:
+            where = f"step {row.get('step')}, attempt {row.get('attempt')}"
+            console.print(Text(f"  {row.get('kind')} at {where}: {row.get('detail')}"), soft_wrap=True)

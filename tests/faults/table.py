@@ -1,0 +1,7 @@
+"""The thirty faults in order: what must hold, the named tests, and the defences that the tests stand for."""
+
+from __future__ import annotations
+
+from tests.faults.of_data import DATA_FAULTS
+
+FAULTS = tuple(sorted(DATA_FAULTS, key=lambda fault: fault.number))

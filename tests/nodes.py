@@ -11,7 +11,8 @@ import os
 import subprocess
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from longskip.errors import LongskipError
 from longskip.launcher import preflight
 from longskip.launcher.facts import Facts
 
-CLONE_NEWNS = 0x20000
+CLONE_NEWNS, CLONE_NEWNET = 0x20000, 0x40000000
 
 
 class MemoryStore:
@@ -47,9 +48,9 @@ class MemoryStore:
 class TorchStore:
     """torch's TCPStore as the preflight speaks to it."""
 
-    def __init__(self, port: int, node: int, nodes: int) -> None:
+    def __init__(self, address: str, port: int, node: int, nodes: int) -> None:
         self._store = torch.distributed.TCPStore(
-            "127.0.0.1", port, nodes, is_master=node == 0, timeout=datetime.timedelta(seconds=30), wait_for_workers=True
+            address, port, nodes, is_master=node == 0, timeout=datetime.timedelta(seconds=30), wait_for_workers=True
         )
 
     def set(self, key: str, value: str) -> None:
@@ -112,9 +113,9 @@ def _node(
         torch.set_num_threads(1)
         if before is not None:
             before()
-        store = TorchStore(port, node, nodes)
         given: dict[str, Any] = {"ranks": 1, "bind": "127.0.0.1"} | options
-        outcome = preflight.check(store, node=node, nodes=nodes, config=config, run=run, **given)
+        store = TorchStore(given["bind"], port, node, nodes)
+        outcome = preflight.check(store, node=node, members=range(nodes), config=config, run=run, **given)
         told = outcome.to_json()
         try:
             outcome.refuse()
@@ -132,6 +133,41 @@ def own_mounts() -> None:
     if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS):
         raise OSError(ctypes.get_errno(), "unshare")
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+
+
+@contextmanager
+def two_networks(rate: str, mtu: tuple[int, int] = (1500, 1500)) -> Iterator[dict[int, Callable[[], None]]]:
+    """Two network namespaces joined by a veth that passes ``rate`` (``400mbit``) each way; 10.77.0.1 and 10.77.0.2 (root only).
+
+    Yields what a node does to enter its own.
+    """
+    names = [f"longskip-{os.getpid()}-{node}" for node in (0, 1)]
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True)
+
+    def enter(name: str) -> Callable[[], None]:
+        def act() -> None:
+            with open(f"/run/netns/{name}", "rb") as file:
+                if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), CLONE_NEWNET):
+                    raise OSError(ctypes.get_errno(), "setns")
+
+        return act
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+            ip("-n", name, "link", "set", "lo", "up")
+        ip("link", "add", "veth0", "netns", names[0], "type", "veth", "peer", "name", "veth1", "netns", names[1])
+        for node, name in enumerate(names):
+            ip("-n", name, "addr", "add", f"10.77.0.{node + 1}/24", "dev", f"veth{node}")
+            ip("-n", name, "link", "set", f"veth{node}", "mtu", str(mtu[node]), "up")
+            limit = ["root", "tbf", "rate", rate, "burst", "256kb", "latency", "50ms"]
+            subprocess.run(["tc", "-n", name, "qdisc", "add", "dev", f"veth{node}", *limit], check=True)
+        yield {node: enter(name) for node, name in enumerate(names)}
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False)
 
 
 def status_of(told: Mapping[str, Any], what: str) -> set[str]:
@@ -181,7 +217,7 @@ HEALTHY: dict[str, dict[str, Any]] = {
     },
     "reach": {
         "address": "10.0.0.1", "interface": "eth0", "mtu": 9000, "unreached": {}, "reached": 2, "offset": 0.001,
-        "uncertainty": 0.0001, "listening": [], "taken": {},
+        "uncertainty": 0.0001, "listening": [],
     },
     "interconnect": {
         "backend": "nccl", "cuda": 8, "latency": 3e-5, "busbw": 40e9, "inward": 45e9, "right": True, "bytes": 1 << 28,
@@ -190,12 +226,12 @@ HEALTHY: dict[str, dict[str, Any]] = {
 
 
 def facts_of(node: int, altered: Mapping[str, Any] | None = None) -> Facts:
-    """A healthy node's facts with some of them altered: dotted path → value (``devices.gpus.3.free``; ``failed.data``)."""
+    """A healthy node's facts with some of them altered: path → value (``devices/gpus/3/free``; ``failed/data``)."""
     found = copy.deepcopy(HEALTHY)
     found["reach"]["address"] = f"10.0.0.{node + 1}"
     tree: dict[str, Any] = {"found": found, "failed": {}}
     for path, value in (altered or {}).items():
-        *way, last = path.split("/") if "/" in path else path.split(".")
+        *way, last = path.split("/")
         place: Any = tree["failed"] if way == ["failed"] else found
         for step in way if way != ["failed"] else []:
             place = place[int(step)] if isinstance(place, list) else place[step]

@@ -1,7 +1,8 @@
 """``longskip bench save``: what a checkpoint costs a run, beside copying and writing the same bytes plainly.
 
-In each process group, in turns: the rank's state copied in memory (into fresh buffers and into warm ones), the same bytes
-written, fsynced and hashed, one after the other, while nothing else runs, and real saves of a real training.
+In each process group, in turns: the rank's state copied in memory (into fresh buffers and into warm ones); the same bytes
+written, fsynced and hashed, one after the other, while nothing else runs and while the training runs; and real saves of a
+real training, the first time into fresh memory and then into warm.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +26,8 @@ from longskip.engine.bench_step import start_ranks
 from longskip.engine.config import Config
 from longskip.engine.configio import validate
 from longskip.engine.data.shapes import write_shapes
-from longskip.engine.distributed import barrier, import_deepspeed, join
+from longskip.engine.distributed import all_reduce_sum, barrier, import_deepspeed, join
+from longskip.engine.durable import CHUNK
 from longskip.engine.job import Job
 from longskip.engine.prepare import prepare
 from longskip.engine.saving import Saved
@@ -58,7 +61,9 @@ def bench_save(
     """
     for world in ranks:
         if world < 1 or batch % world:
-            raise ConfigError(f"--batch {batch} does not divide over {world} ranks", cure="take a multiple of the ranks")
+            raise ConfigError(
+                f"--batch {batch} does not divide over {world} ranks", cure="take a multiple of the ranks"
+            )
     if torch.cuda.is_available() and max(ranks) > torch.cuda.device_count():
         raise ConfigError(f"--ranks {max(ranks)} on {torch.cuda.device_count()} GPU(s)", cure="one rank a GPU")
     if not torch.cuda.is_available():
@@ -121,8 +126,10 @@ def measure(config: Config, steps: int, repeats: int, folder: Path) -> None:
     for _ in range(repeats):
         note("copy_fresh", _timed(lambda: [torch.empty_like(s, device="cpu").copy_(s) for s in sources]))
         note("copy_warm", _timed(lambda: [w.copy_(s) for w, s in zip(warm, sources, strict=True)]))
+        _quiet()
         for name, seconds in _plainly(folder / f"plain-{world.rank}", warm).items():
             note(name, seconds)
+        note("plain_meanwhile", _plainly_meanwhile(job, folder / f"plain-{world.rank}", warm))
         for kind in ("fresh", "warm"):
             plain = [_timed_step(job) for _ in range(steps)]
             if kind == "fresh":
@@ -185,10 +192,21 @@ def _timed_step(job: Job) -> float:
     return time.perf_counter() - begin
 
 
-def _plainly(path: Path, values: list[torch.Tensor]) -> dict[str, float]:
-    """Seconds to write, to fsync and to hash these bytes, one after the other; all ranks at a time."""
-    pieces = [value.view(torch.uint8).numpy().data for value in values]
+def _plainly_meanwhile(job: Job, path: Path, values: list[torch.Tensor]) -> float:
+    """The same by a thread, while all ranks train until the last of them is done."""
     _quiet()
+    found: list[dict[str, float]] = []
+    thread = threading.Thread(target=lambda: found.append(_plainly(path, values)))
+    thread.start()
+    while all_reduce_sum([float(thread.is_alive())], job.world.device)[0]:
+        job.step(job.read())
+    return found[0]["plain"]
+
+
+def _plainly(path: Path, values: list[torch.Tensor]) -> dict[str, float]:
+    """Seconds to write, to fsync and to hash these bytes, one after the other."""
+    views = [value.view(torch.uint8).numpy().data for value in values]
+    pieces = [view[low : low + CHUNK] for view in views for low in range(0, len(view), CHUNK)]
     begin = time.perf_counter()
     with open(path, "wb") as file:
         for piece in pieces:
@@ -222,6 +240,7 @@ def _row(folder: Path, world: int) -> dict[str, Any]:
         "whole_fresh": [a / b for a, b in zip(times["whole_fresh"], times["plain"], strict=True)],
         "whole_warm": [a / b for a, b in zip(times["whole_warm"], times["plain"], strict=True)],
         "foreground": [a / b for a, b in zip(times["foreground"], times["plain"], strict=True)],
+        "whole_meanwhile": [a / b for a, b in zip(times["whole_warm"], times["plain_meanwhile"], strict=True)],
     }
     if "step_meanwhile" in times:
         base = statistics.median(times["step"])
@@ -233,7 +252,59 @@ def _row(folder: Path, world: int) -> dict[str, Any]:
         "seconds": {name: spread(values) for name, values in times.items()},
         "ratios": {name: spread(values) for name, values in ratios.items()},
         "met": {
-            "held": spread(ratios["held_warm"])["median"] <= HELD and spread(ratios["held_fresh"])["median"] <= HELD,
-            "whole": max(spread(ratios[f"whole_{kind}"])["median"] for kind in ("fresh", "warm")) <= WHOLE,
+            name: statistics.median(ratios[name]) <= (HELD if name.startswith("held") else WHOLE)
+            for name in ("held_fresh", "held_warm", "whole_fresh", "whole_warm")
         },
     }
+
+
+TIMES = {
+    "copy_fresh": "one copy of the rank's state in memory, fresh buffers",
+    "copy_warm": "the same, warm buffers",
+    "held_fresh": "training held by a save, the copy's memory fresh (a run's first)",
+    "held_warm": "training held by a save, the copy's memory warm (all others)",
+    "plain": "write + fsync + hash of the same bytes, nothing else running",
+    "write": "of which the write",
+    "fsync": "of which the fsync",
+    "hash": "of which the hash",
+    "plain_meanwhile": "write + fsync + hash by a thread while the training runs",
+    "whole_fresh": "the whole save, from due to committed, memory fresh",
+    "whole_warm": "the whole save, from due to committed, memory warm",
+    "foreground": "a save in the foreground, which holds the training all the time",
+    "step": "a step",
+    "step_meanwhile": "a step while a save is written",
+}
+RATIOS = {
+    "held_fresh": ("training held ÷ one copy, both in fresh memory", HELD),
+    "held_warm": ("training held ÷ one copy, both in warm memory", HELD),
+    "whole_fresh": ("whole save ÷ write + fsync + hash alone, memory fresh", WHOLE),
+    "whole_warm": ("whole save ÷ write + fsync + hash alone, memory warm", WHOLE),
+    "whole_meanwhile": ("whole save, memory warm ÷ write + fsync + hash while the training runs", None),
+    "foreground": ("save in the foreground ÷ write + fsync + hash alone", None),
+    "step_meanwhile": ("a step while a save is written ÷ a step", None),
+}
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """The result as a page to read."""
+    lines = [
+        *page("What a checkpoint costs", result, f"{result['repeats']} saves of each kind, in turns"),
+        "",
+        f"ZeRO-3, {result['parameters']:,} parameters, fp32 with EMA: 16 bytes a parameter over all ranks. Of each turn the "
+        "slowest rank counts; ratios are of the same turn. Median (20th–80th percentile). Page cache: "
+        f"{result['page_cache']}. A save ends when its rename is on the disk; all ranks agree to it at the end of a step, so up "
+        "to a step's time of it is waiting.",
+    ]
+    for row in result["ranks"]:
+        seconds, ratios = row["seconds"], row["ratios"]
+        lines += ["", f"## {row['ranks']} rank(s), {row['bytes_per_rank']:,} bytes each", ""]
+        milliseconds = {name: {key: 1e3 * value for key, value in each.items()} for name, each in seconds.items()}
+        shown_times = [(title, shown(milliseconds[name], ",.0f")) for name, title in TIMES.items() if name in seconds]
+        lines += [*table(("what", "milliseconds"), shown_times), ""]
+        rows = [
+            (title, "" if goal is None else f"≤ {goal}", shown(ratios[name], ".2f"), VERDICTS[row["met"].get(name)])
+            for name, (title, goal) in RATIOS.items()
+            if name in ratios
+        ]
+        lines += table(("ratio", "asked", "measured", ""), rows)
+    return "\n".join(lines) + "\n"

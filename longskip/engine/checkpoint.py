@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -174,6 +175,7 @@ class Draft:
             "tensors": {name: list(shape) for name, _, _, shape in self.shards.model.canonical()},
             "files": files,
         }
+        manifest["sha256"] = _own_sha256(manifest)
         disk.write_text(temporary / "manifest.json", json.dumps(manifest, indent=1))
         disk.sync(temporary)
         faults.point("save.before_rename", step=self.step)
@@ -258,7 +260,10 @@ def step_of(folder: Path) -> int:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint folder, its form checked; raises CheckpointError."""
-    manifest = read_object(folder / "manifest.json", CheckpointError)
+    try:
+        manifest = read_object(folder / "manifest.json", CheckpointError)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: no readable manifest.json, it is not a {FORMAT} ({error.message})") from None
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{folder}: manifest.json is not a {FORMAT}")
     if manifest.get("version") != VERSION:
@@ -309,6 +314,8 @@ def _check_shapes(folder: Path, manifest: dict[str, Any]) -> None:
 def verify(folder: Path, names: Iterable[str] | None = None) -> dict[str, Any]:
     """Check presence, size and SHA-256 of the manifest's files (or of ``names``); raises CheckpointError naming one."""
     manifest = read_manifest(folder)
+    if manifest.get("sha256", own := _own_sha256(manifest)) != own:  # those from before it was written have none
+        raise CheckpointError(f"{folder / 'manifest.json'} was altered: its SHA-256 is not the one that it names")
     try:
         strangers = {path.name for path in folder.iterdir()} - set(manifest["files"]) - {"manifest.json"}
         if strangers:
@@ -317,6 +324,12 @@ def verify(folder: Path, names: Iterable[str] | None = None) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from None
     return manifest
+
+
+def _own_sha256(manifest: dict[str, Any]) -> str:
+    """Of all that a manifest says, in whatever form, but this: it lists every file's hash except its own."""
+    said = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _verify_files(folder: Path, manifest: dict[str, Any], names: Iterable[str]) -> None:
@@ -430,6 +443,9 @@ class Archive:
             runs.sort(key=lambda run: run.offset)
             if any(before.offset + before.numel > after.offset for before, after in pairwise(runs)):
                 raise CheckpointError(f"{folder} holds elements of {tensor} twice")
+            shape = self.manifest["tensors"].get(tensor.partition("/")[2])
+            if shape is None or runs[-1].offset + runs[-1].numel > math.prod(shape):
+                raise CheckpointError(f"{folder} holds elements of {tensor} that its manifest does not know")
 
     def __enter__(self) -> Archive:
         return self

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from longskip.engine.clusters import PASSED_ON, KubernetesGroup, Port, SlurmGroup, VariableName
 from longskip.engine.fields import Above, Count, Decay, Few, Group, Positive, Rate, Real, Share, Side, _number, _whole
 from longskip.engine.idle import idle_settings
-from longskip.engine.secrets import holds_user, is_secret
+from longskip.engine.secrets import holds_secret, holds_user, is_secret
 from longskip.errors import ConfigError
 from longskip.models.presets import preset
 from longskip.models.specs import TextEncoderSpec, UViTSpec
@@ -53,6 +53,8 @@ class MixedGroup(Group):
 class DataGroup(Group):
     """``path``: a folder of shards with its index, or a folder of pictures with captions; or a ``mix`` of such folders.
 
+    ``quarantine``: a list of samples that are passed over without being read (a run's ``bad_samples.jsonl``, or what
+    ``longskip data lint --quarantine`` writes); they keep their places, with loss weight 0, and may change on a resume.
     ``on_damage``: bytes that differ from the index stop the run, or count as bad samples (``skip``).
     ``buckets``: pictures are sorted by aspect ratio into these (H, W) pixels (``auto``: a usual set of the resolution's
     area), and every global batch is of one bucket. ``shuffle``: ``full`` reads anywhere in local shards, ``window``
@@ -76,6 +78,7 @@ class DataGroup(Group):
     cache_gib: Above = 64.0
     on_damage: Literal["stop", "skip"] = "stop"
     max_bad_share: Share = 0.05
+    quarantine: str | None = None
 
 
 # n_tokens and width of a text encoder where the configuration names none.
@@ -306,8 +309,8 @@ class LaunchGroup(Group):
     the one above it. ``ssh_port``: of the nodes, for pdsh.
 
     ``timeout_minutes``: how long ranks and nodes wait for each other. ``step_timeout``: seconds after which a rank that
-    stays in one step hangs (``auto``: 10 × its slowest step so far, at least 30). ``node_timeout``: seconds after which a
-    node that is not heard of is lost. ``restarts``: attempts in a row without a newly committed step.
+    stays in one step hangs (``auto``: 10 × its slowest step so far, at least 30). ``node_timeout``: seconds (5 or more) after
+    which a node that is not heard of is lost. ``restarts``: attempts in a row without a newly committed step.
     """
 
     environment: dict[VariableName, str] = Field(default_factory=dict)
@@ -317,7 +320,7 @@ class LaunchGroup(Group):
     kubernetes: KubernetesGroup = KubernetesGroup()
     timeout_minutes: Positive = 30
     step_timeout: Literal["auto"] | Above = "auto"
-    node_timeout: Above = 30.0
+    node_timeout: Annotated[float, BeforeValidator(_number), Field(ge=5, allow_inf_nan=False)] = 30.0
     restarts: Count = 3
 
     @field_validator("environment")
@@ -358,6 +361,13 @@ class Config(Group):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
+        for key, value in leaves(self.model_dump()):
+            if any(holds_secret(text) for text in _texts(value)):
+                raise ValueError(
+                    f"{key} holds a URL with a password or a signature in it, which the run would write down; leave it out "
+                    "there, and put it where fsspec looks: ~/.netrc, the environment (AWS_*, AZURE_STORAGE_SAS_TOKEN), or "
+                    "~/.config/fsspec"
+                )
         if any(side % self.factor for side in self.resolution):
             raise ValueError(
                 f"model.resolution {self.resolution} is not divisible by encoders.vae.factor {self.factor}; "
@@ -494,6 +504,16 @@ class BatchPlan(BaseModel):
 def divisors(n: int) -> list[int]:
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, dict):
+        yield from _texts(list(value.items()))
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

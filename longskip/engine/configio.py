@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from longskip.engine.config import Config
-from longskip.engine.secrets import redacted
+from longskip.engine.secrets import hidden, redacted
 from longskip.errors import ConfigError
 from longskip.profiling.yamlfiles import parse_yaml, read_yaml
 
@@ -48,8 +48,8 @@ def parse_override(text: str) -> dict[str, Any]:
     """``a.b=value`` → ``{"a": {"b": value}}``, the value read as YAML."""
     key, separator, value = text.partition("=")
     if not separator or not key or not all(part.isidentifier() for part in key.split(".")):
-        raise ConfigError(f"override {text!r} is not of the form group.key=value", cure="for instance optim.lr=1e-4")
-    leaf: Any = parse_yaml(f"value: {value}" if value else "", f"override {text}").get("value")
+        raise ConfigError(f"override {hidden(text)[:200]!r} is not of the form group.key=value", cure="for instance optim.lr=1e-4")
+    leaf: Any = parse_yaml(f"value: {value}" if value else "", f"override {hidden(text)[:200]}").get("value")
     for part in reversed(key.split(".")):
         leaf = {part: leaf}
     return typing.cast("dict[str, Any]", leaf)

@@ -29,17 +29,25 @@ _OF_A_NODE = ("data.path", "data.mix", "data.validation", "data.cache", "data.wo
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def digest(tensor: torch.Tensor) -> torch.Tensor:
-    """The digest of one tensor of any dtype and shape: a 0-d int64 tensor on its device."""
+def digest(tensor: torch.Tensor, odd: torch.Tensor | None = None) -> torch.Tensor:
+    """The digest of one tensor of any dtype and shape: a 0-d int64 tensor on its device.
+
+    ``odd``: the odd numbers from 1 on, as many as there are elements in a piece, or more; made where they are not given.
+    """
     bits = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
-    odd = torch.arange(1, 2 * min(PIECE, bits.numel()), 2, dtype=torch.int64, device=bits.device)
+    odd = odd_numbers(bits.numel(), bits.device) if odd is None else odd
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for number, piece in enumerate(bits.split(PIECE)):
         wide = piece.to(torch.int64)
-        total += (wide * odd[: wide.numel()]).sum()
+        total = total + (wide * odd[: wide.numel()]).sum()
         if number:  # (2(i + number·PIECE) + 1) = (2i + 1) + 2·number·PIECE
-            total += 2 * number * PIECE * wide.sum()
+            total = total + 2 * number * PIECE * wide.sum()
     return total
+
+
+def odd_numbers(count: int, device: torch.device) -> torch.Tensor:
+    """The first ``count`` odd numbers, or those of one piece."""
+    return torch.arange(1, 2 * min(PIECE, count), 2, dtype=torch.int64, device=device)
 
 
 def digest_text(value: Any) -> int:
@@ -90,7 +98,9 @@ def compare(
     in the same order.
     """
     named = list(tensors)
-    each = [digest(tensor).to(device) for _, tensor in named]
+    largest = max((tensor.numel() for _, tensor in named), default=0)
+    odd = {place: odd_numbers(largest, place) for place in {tensor.device for _, tensor in named}}
+    each = [digest(tensor, odd[tensor.device]).to(device) for _, tensor in named]
     whole = digest(torch.stack(each)) if each else torch.zeros((), dtype=torch.int64, device=device)
     own = torch.cat([torch.tensor(list(figures.values()), dtype=torch.int64, device=device), whole.view(1)])
     table = _everyone(own)

@@ -34,6 +34,8 @@ class Memory:
     derivatives make; ``buffers``: what DeepSpeed reduces, joins and converts. Which of them are large depends on which
     moment is the worst: the backward pass, the reduction of gradients or the optimizer's step (``profiling.memory``).
     Validation and samples keep less than a step: no more pictures at a time, no gradients, no second copy of the weights.
+    ``snapshot``: host memory of a save in the background (fp32 weights, EMA, moments of what the rank writes), which decides
+    nothing: a run that has no room for it saves in the foreground.
     """
 
     weights: int
@@ -43,6 +45,7 @@ class Memory:
     activations: int
     buffers: int
     host: int
+    snapshot: int = 0
 
     @property
     def device(self) -> int:
@@ -56,9 +59,12 @@ def memory(config: Config, stage: Stage, *, world: int, micro: int, n_parameters
     """
     found = ranks_memory(config, stage, world=world, micro=micro, n_parameters=n_parameters, overlap=overlap)
     worst = found.worst
+    # At stage 0 every rank has all states and writes its even part of them.
+    written = found.owned if stage else -(-found.owned // world)
     return Memory(
-        worst.weights, worst.gradients, worst.states, worst.gathered, worst.activations, worst.buffers, found.host
-    )
+        worst.weights, worst.gradients, worst.states, worst.gathered, worst.activations, worst.buffers, found.host,
+        16 * written if config.checkpoint.background else 0,
+    )  # fmt: skip
 
 
 def ranks_memory(

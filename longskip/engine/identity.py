@@ -11,7 +11,7 @@ MAY_CHANGE_ON_RESUME = (
     "train.steps", "logging.", "eval.", "checkpoint.", "launch.", "budget.",
     # how the same numbers are computed, and where the same data and encoders lie (their fingerprints are compared)
     "engine.", "deepspeed.zero_stage", "deepspeed.offload_", "data.path", "data.validation", "data.workers", "data.cache",
-    "data.max_bad_share", "data.on_damage", "data.remote", "encoders.text.too_long", "encoders.vae.path",
+    "data.max_bad_share", "data.quarantine", "data.on_damage", "data.remote", "encoders.text.too_long", "encoders.vae.path",
     "encoders.text.path",
     "train.name",  # it has led to this folder: none and the folder's own name are one
     # what is done about steps that go wrong; those that go well are the same whatever these say

@@ -7,27 +7,44 @@ from pathlib import Path
 from typing import Any
 
 from longskip.engine import checkpoint
-from longskip.errors import CheckpointError
+from longskip.engine.config import CheckpointGroup
+from longskip.engine.configio import validate
+from longskip.errors import CheckpointError, ConfigError
+from longskip.profiling.yamlfiles import parse_yaml
 
 
 def inventory(run: Path) -> dict[str, Any]:
     """The checkpoints of ``run``, oldest first, by manifest and file sizes (``verify_checkpoints`` reads the contents).
 
     ``{"run", "newest": name or None, "checkpoints": [{"name", "step", "bytes", "world", "zero_stage", "saved", "complete",
-    "problem"}], "leftovers": [{"name", "bytes"}]}``; world and zero_stage are those that saved it, None where the manifest
-    cannot be read; ``newest`` is the newest complete one; leftovers are what interrupted saves and bad ones left.
+    "problem", "kept"}], "leftovers": [{"name", "bytes"}], "keep_last", "keep_every"}``; world and zero_stage are those that
+    saved it, None where the manifest cannot be read; ``kept`` is "every" for good (``checkpoint.keep_every``), "last" until
+    newer ones are there; ``newest`` is the newest complete one; leftovers are what interrupted saves and bad ones left.
     """
     folder = run / "checkpoints"
     steps = checkpoint.steps_in(folder)
     listed = [_entry(path) for path in steps]
     complete = [entry["name"] for entry in listed if entry["complete"]]
     others = sorted(path for path in folder.glob("step-*") if path not in steps)
+    keep = _keeping(run)
+    for entry in listed:
+        entry["kept"] = "every" if keep.keep_every and entry["step"] % keep.keep_every == 0 else "last"
     return {
         "run": str(run),
         "newest": complete[-1] if complete else None,
         "checkpoints": listed,
         "leftovers": [{"name": path.name, "bytes": _bytes(path)} for path in others],
+        "keep_last": keep.keep_last,
+        "keep_every": keep.keep_every,
     }
+
+
+def _keeping(run: Path) -> CheckpointGroup:
+    """The run's rule of what to keep, or the default where its configuration cannot be read."""
+    try:
+        return validate(parse_yaml((run / "config.yaml").read_text("utf-8"), str(run / "config.yaml"))).checkpoint
+    except (ConfigError, OSError):
+        return CheckpointGroup()
 
 
 def _entry(folder: Path) -> dict[str, Any]:
@@ -45,7 +62,7 @@ def _entry(folder: Path) -> dict[str, Any]:
         problem = str(error)
     return {
         "name": folder.name,
-        "step": int(folder.name.removeprefix("step-")),
+        "step": checkpoint.step_of(folder),
         "bytes": _bytes(folder),
         "world": manifest.get("world"),
         "zero_stage": manifest.get("zero_stage"),

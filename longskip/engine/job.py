@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from longskip.engine import checkpoint, digests, faults, initial, numbers, signals, spikes
+from longskip.engine import checkpoint, digests, faults, initial, numbers, quarantine, signals, spikes
 from longskip.engine.config import BatchPlan, Config
 from longskip.engine.costs import COUNTERS, StepCost
 from longskip.engine.data.plan import Cursor
@@ -28,7 +28,7 @@ from longskip.engine.saving import Saved, Saving
 from longskip.engine.shards import Shards
 from longskip.engine.trace import Waits, waits_on
 from longskip.engine.validation import Validation
-from longskip.errors import DataError, DesyncError, LongskipError, NonFiniteLossError, SpikeError
+from longskip.errors import CheckpointError, DataError, DesyncError, LongskipError, NonFiniteLossError, SpikeError
 from longskip.kernels import backends
 from longskip.profiling import ledger
 from longskip.profiling.meter import Interval, Meter
@@ -49,7 +49,8 @@ class LoopState:
     model_flops: int = 0
     hardware_flops: int = 0
     six_nd: int = 0
-    bad_samples: int = 0
+    bad_samples: int = 0  # without those of data.quarantine, which are known
+    bad: dict[str, int] = field(default_factory=dict)  # by reason, those of data.quarantine among them
     skipped: int = 0  # steps that moved nothing, since a loss or gradient was not finite
     skipped_in_a_row: int = 0
     recent: list[float] = field(default_factory=list)  # the losses that the next one is compared with
@@ -57,11 +58,22 @@ class LoopState:
 
     def to_json(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("step", *COUNTERS, "bad_samples", "skipped", "skipped_in_a_row")}
-        return own | {"cursor": self.cursor.to_json(), "losses": list(self.losses), "recent": list(self.recent)}
+        lists = {"losses": list(self.losses), "recent": list(self.recent), "bad": dict(self.bad)}
+        return own | lists | {"cursor": self.cursor.to_json()}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> LoopState:
-        return cls(**(value | {"cursor": Cursor.from_json(value["cursor"])}))
+        """The inverse of ``to_json``; raises CheckpointError for anything else."""
+        try:
+            state = cls(**(value | {"cursor": Cursor.from_json(value["cursor"])}))
+            counts = [n for name, n in value.items() if name not in ("cursor", "losses", "recent", "bad")]
+            if not all(type(n) is int and 0 <= n <= ledger.MOST_COUNT for n in (*counts, *state.bad.values())):
+                raise TypeError("a count is none")
+            if not all(type(loss) in (int, float) and math.isfinite(loss) for loss in (*state.losses, *state.recent)):
+                raise TypeError("a loss is none")
+        except (KeyError, TypeError, AttributeError, OverflowError, DataError) as error:
+            raise CheckpointError(f"a checkpoint's state.json says no run's state: {str(error)[:200]}") from None
+        return state
 
 
 @dataclass
@@ -251,14 +263,15 @@ class Job:
         Returns on how many ranks the loss is not finite.
         """
         bad = [entry for micro in micro_batches for entry in micro.bad]
+        reasons = quarantine.count_reasons(bad)
         with tolerant("bad_samples.jsonl"):
-            for entry in bad:
+            for entry in (entry for entry in bad if entry["reason"] != quarantine.QUARANTINED):
                 append_json(self.run / "bad_samples.jsonl", entry | {"step": self.state.step + 1})
         finite = math.isfinite(loss_sum)
         told = self._tell(
             {
                 "loss": loss_sum if finite else 0.0,
-                "bad": len(bad),
+                **{f"bad/{reason}": count for reason, count in reasons.items()},
                 "stop": signals.asked(),
                 "broken": not finite,
             }
@@ -268,13 +281,16 @@ class Job:
         if not broken:
             self.state.losses.append(told["loss"] / self.batch.total)
             self._ledger_losses.append(told["loss"] / self.batch.total)
-        self.state.bad_samples += round(told["bad"])
+        for reason in reasons:
+            if count := round(told[f"bad/{reason}"]):
+                self.state.bad[reason] = self.state.bad.get(reason, 0) + count
+                self.state.bad_samples += count if reason != quarantine.QUARANTINED else 0
         seen = (self.state.step + 1) * self.batch.total
         if self.state.bad_samples > self.config.data.max_bad_share * max(seen, 100):
             error = DataError(
-                f"{self.state.bad_samples} of {seen} samples were bad, above data.max_bad_share "
-                f"{self.config.data.max_bad_share}; see {self.run / 'bad_samples.jsonl'}",
-                cure="longskip data lint names them; repair the data or raise the share",
+                f"{self.state.bad_samples} of {seen} samples were bad ({quarantine.told(self.state.bad)}), above "
+                f"data.max_bad_share {self.config.data.max_bad_share}; see {self.run / 'bad_samples.jsonl'}",
+                cure="longskip data lint names them; repair the data, pass them over (data.quarantine) or raise the share",
             )
             error.alike = error.final = True
             raise error
@@ -431,6 +447,7 @@ class Job:
             "grad_norm": self._norm,
             "images": self.state.images,
             "bad": self.state.bad_samples,
+            "bad_reasons": dict(self.state.bad),
             "skipped": self.state.skipped,
             "model_flops": self.state.model_flops,
             "six_nd": self.state.six_nd,
@@ -478,7 +495,7 @@ class Job:
         self.metrics.close()
         if self.world.is_main:
             with tolerant("run.json"):
-                self.run.note(status=status)
+                self.run.note(status=status, bad_samples=dict(self.state.bad))
 
 
 def _samples_of(micro_batches: list[MicroBatch]) -> tuple[list[int], list[str]]:

@@ -11,7 +11,9 @@ from longskip.errors import LongskipError
 MAX_BYTES = 1 << 28
 
 
-def read_object(path: Path, kind: type[LongskipError], *, limit: int = MAX_BYTES, cure: str | None = None) -> dict[str, Any]:
+def read_object(
+    path: Path, kind: type[LongskipError], *, limit: int = MAX_BYTES, cure: str | None = None
+) -> dict[str, Any]:
     """The JSON object at ``path``; raises ``kind``, with the ``cure``, where there is none of at most ``limit`` bytes."""
     try:
         with open(path, "rb") as file:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+from longskip.engine.quarantine import told
 from longskip.engine.runs import append_json, tolerant
 from longskip.profiling.meter import Interval
 
@@ -98,8 +99,10 @@ class Metrics:
         line |= {f"memory/{self.memory}(GiB)": max(peaks), "memory/per_rank(GiB)": peaks}
         spent, six_nd = values["model_flops"], values["six_nd"]  # committed: every step once
         line |= {"flops/model": spent, "flops/6nd": six_nd, "flops/model_over_6nd": spent / six_nd}
-        skipped = {"skipped_steps": values["skipped"]} if values["skipped"] else {}
-        self.record(ended.step, line | {"images": values["images"], "bad_samples": values["bad"]} | skipped)
+        skipped = {"skipped_steps": values["skipped"]} if values.get("skipped") else {}
+        reasons = {f"bad/{reason}": count for reason, count in values.get("bad_reasons", {}).items()}
+        self.record(ended.step, line | {"images": values["images"], "bad_samples": values["bad"]} | skipped | reasons)
+        bad = f"  bad: {told(values['bad_reasons'])}" if reasons else ""
         inside = ""
         if ended.communication_share is not None and ended.devices > 1:
             inside = f"  comm {100 * ended.communication_share:.0f}%"
@@ -108,7 +111,7 @@ class Metrics:
             f"step {ended.step}/{self.steps}  loss {_figure(values['loss'], 4)}  lr {values['lr']:.2e}  "
             f"norm {_figure(values['grad_norm'], 3)}  {ended.images_per_second:.0f} images/s  "
             f"{ended.tokens_per_second:.0f} tokens/s  "
-            f"data {100 * ended.data_wait_share:.0f}%{inside}  {max(peaks):.1f} GiB{mfu}  "
+            f"data {100 * ended.data_wait_share:.0f}%{inside}  {max(peaks):.1f} GiB{mfu}{bad}  "
             f"C {spent:.2e} ({spent / six_nd:.3f} of 6ND)  eta {format_eta(eta)}"
         )
         if self._bar is not None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
@@ -28,6 +29,7 @@ from longskip.engine.job import Job, LoopState
 from longskip.engine.metrics import Metrics
 from longskip.engine.opening import data_name, described, draws_of, open_training, plan_for, sort_into_buckets
 from longskip.engine.profiled import settings_of
+from longskip.engine.quarantine import quarantine_of
 from longskip.engine.runs import RunFolder
 from longskip.engine.validation import Validation
 from longskip.errors import DataError, LongskipError, RunMismatchError
@@ -51,7 +53,8 @@ def prepare(config: Config, run_path: Path, world: World) -> Job:
     vocabulary = vocabulary_file.words_of(run.path, config)
     inputs = Inputs(config, vocabulary, world.device, source)
     on_main(world, lambda: inputs.load(source))
-    draws = draws_of(config)
+    listed: Any = on_main(world, lambda: _quarantined(config, source))
+    draws = draws_of(config) | {"quarantine": np.array(listed["samples"], np.int64)}
     on_main(world, lambda: bool(inputs.assembler(source, **draws)))  # refuses what the data cannot be read with
     folder, complaints = checkpoint.newest_for_all(run.checkpoints, world.rank)
     start: Any = on_main(world, lambda: _find_start(config, vocabulary, run, claimed, folder))
@@ -73,6 +76,8 @@ def prepare(config: Config, run_path: Path, world: World) -> Job:
     }
     cost = costs[None]
     summary = _summary(config, run, cost, batch, n_parameters, source) | ({"initial": start} if start else {})
+    if config.data.quarantine:
+        summary["quarantine"] = listed["list"]
     on_main(world, lambda: _settle(run, config, ds_config, summary, resuming))
 
     state = LoopState(plan.cursor())
@@ -115,6 +120,9 @@ def prepare(config: Config, run_path: Path, world: World) -> Job:
             job.incident("bad_checkpoint", complaint)
         metrics.say(f"passed over a checkpoint: {complaint}")
     _announce(job, resuming, n_parameters, meter, assignment)
+    if config.data.quarantine:
+        unknown = f", {listed['list']['unknown']:,} of its entries are of other data" if listed["list"]["unknown"] else ""
+        job.metrics.say(f"{len(listed['samples']):,} samples are passed over: {config.data.quarantine}{unknown}")
     return job
 
 
@@ -164,6 +172,12 @@ def _find_start(
     if claimed["resuming"]:
         return initial.kept_start(run.path, told)
     return initial.describe_start(config.train.init_from, config, vocabulary)
+
+
+def _quarantined(config: Config, source: SizedSource) -> dict[str, Any]:
+    """The samples of ``data.quarantine``, found by the first rank for all of them, and what run.json says of the list."""
+    found = quarantine_of(config.data.quarantine, source)
+    return {"samples": found.samples.tolist(), "list": found.to_json()}
 
 
 def _begin_vocabulary(run: RunFolder, config: Config, source: SizedSource) -> None:

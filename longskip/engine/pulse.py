@@ -95,7 +95,7 @@ def read(path: str | int) -> Beat:
     if len(data) < SIZE:
         return Beat()
     count, phase, step, finished, word, slowest = _LAYOUT.unpack(data)
-    if not (0 <= phase < len(PHASES) and 0 <= word < len(WORDS)):
+    if not (count > 0 and 0 <= phase < len(PHASES) and 0 <= word < len(WORDS)):
         return Beat()
     return Beat(count, PHASES[phase], step, finished, WORDS[word], slowest)
 

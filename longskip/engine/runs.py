@@ -19,6 +19,7 @@ from longskip import __version__
 from longskip.engine.config import Config
 from longskip.engine.configio import dump_yaml, validate
 from longskip.engine.identity import differing_keys
+from longskip.engine.jsonfiles import read_object
 from longskip.errors import ConfigError, RunFolderError, RunLockedError, RunMismatchError
 from longskip.profiling.yamlfiles import parse_yaml
 
@@ -146,13 +147,7 @@ class RunFolder:
     def summary(self) -> dict[str, Any]:
         """What ``run.json`` says; nothing where there is none. Raises RunFolderError where it cannot be read."""
         path = self / "run.json"
-        try:
-            summary = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        except (OSError, ValueError) as error:
-            raise RunFolderError(f"{path} cannot be read: {error}", cure="bring it back from a copy") from None
-        if not isinstance(summary, dict):
-            raise RunFolderError(f"{path} holds no JSON object", cure="bring it back from a copy")
-        return summary
+        return read_object(path, RunFolderError, cure="bring it back from a copy") if path.is_file() else {}
 
     def check_data(self, name: str, data: dict[str, Any]) -> None:
         """Raise RunMismatchError unless ``data`` (``samples``, ``fingerprint``) is what this run was trained on."""

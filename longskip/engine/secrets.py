@@ -22,6 +22,12 @@ _HARMLESS = frozenset({"PWD", "OLDPWD", "TOKENIZERS_PARALLELISM", "XAUTHORITY", 
 _HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _BETWEEN = re.compile(r"[^A-Za-z0-9]+")
 _USER_OF_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+_PASSWORD_OF_URL = re.compile(r"://[^/@\s:]*:[^/@\s]+@")
+# A signed URL's query: X-Amz-Signature, X-Goog-Credential, AWSAccessKeyId, Azure's sig, access_token.
+_OF_QUERY = re.compile(
+    r"([?&](?:sig|[\w.~%-]*(?:signature|credential|token|key|secret|password|passwd|auth)[\w.~%-]*)=)[^&#\s'\"]+",
+    re.IGNORECASE,
+)
 
 
 def is_secret(name: str) -> bool:
@@ -38,6 +44,17 @@ def holds_user(text: str) -> bool:
     return _USER_OF_URL.search(text) is not None
 
 
+def holds_secret(text: str) -> bool:
+    """Whether ``text`` has a URL with a password or a signature in it: ``https://user:password@host/``, ``…?sig=…``."""
+    return _PASSWORD_OF_URL.search(text) is not None or ("://" in text and _OF_QUERY.search(text) is not None)
+
+
+def hidden(text: str) -> str:
+    """``text`` without the users, passwords and signatures of the URLs in it."""
+    text = _USER_OF_URL.sub(HIDDEN, text)
+    return _OF_QUERY.sub(rf"\1{HIDDEN}", text) if "://" in text else text
+
+
 def redacted(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of ``mapping`` for people and files, at every depth without the values of secret names and users of URLs."""
     return {
@@ -51,4 +68,4 @@ def _within(value: Any) -> Any:
         return redacted(value)
     if isinstance(value, (list, tuple)):
         return [_within(item) for item in value]
-    return _USER_OF_URL.sub(HIDDEN, value) if isinstance(value, str) else value
+    return hidden(value) if isinstance(value, str) else value

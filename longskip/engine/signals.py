@@ -12,7 +12,7 @@ import signal
 import sys
 from typing import Any
 
-SUPERVISOR = "LONGSKIP_SUPERVISOR"  # the number of the process that started this rank
+SUPERVISOR = "LONGSKIP_SUPERVISOR"  # of the process that started this rank: its number, a dash, and a word of its own
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 _received: list[int] = []
@@ -42,7 +42,7 @@ def end_with_supervisor() -> None:
 
     Linux' PR_SET_PDEATHSIG, set by the rank itself: a supervisor has threads, and must run nothing between fork and exec.
     """
-    supervisor = os.environ.get(SUPERVISOR, "")
+    supervisor = os.environ.get(SUPERVISOR, "").partition("-")[0]
     if not supervisor.isdigit() or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)

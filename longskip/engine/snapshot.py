@@ -15,7 +15,7 @@ import torch
 from longskip.engine.shards import KINDS, Kind, Shards, Slice
 from longskip.engine.tensorfiles import PIECE
 
-GAP = 1 << 12  # elements of padding that are copied along rather than making two runs
+GAP = 1 << 10  # elements of padding that are copied along rather than making two runs
 MARGIN = 0.9  # of the free host memory, as where a ZeRO stage is chosen
 
 

@@ -14,6 +14,7 @@ import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,6 +32,7 @@ _CODES = {
 }  # fmt: skip
 _OF_CODE = {code: dtype for dtype, code in _CODES.items()}
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
+_PICKLED = ("*_model_states.pt", "*_optim_states.pt", "*/*_model_states.pt", ".metadata", "*/.metadata", "*.distcp")
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -221,7 +223,18 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def refuse_pickle(path: Path) -> None:
-    """CheckpointError for what is, or may be, a pickle: unpickling runs code that the file brings along."""
+    """CheckpointError for what is, or may be, a pickle: unpickling runs code that the file brings along.
+
+    A folder of pickles is one too: a checkpoint of DeepSpeed or of torch's distributed saving.
+    """
+    pickles = sorted(found.name for pattern in _PICKLED for found in islice(path.glob(pattern), 1)) if path.is_dir() else []
+    if pickles:
+        raise CheckpointError(
+            f"{path} is a checkpoint of DeepSpeed or torch ({pickles[0]}): pickles, which longskip never reads, as loading "
+            "one can run any code that it carries",
+            cure="where you trust it, have DeepSpeed write its weights as safetensors (zero_to_fp32.py FOLDER OUT "
+            "--safe_serialization), then longskip checkpoint convert or train.init_from takes them",
+        )
     head = b""
     if path.is_file():
         with open(path, "rb") as file:

@@ -11,17 +11,17 @@ import os
 import select
 import signal
 import threading
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 
 from longskip.launcher.launching import ENDED, STOP
-from longskip.launcher.rendering import DEVICES, HERE, LAUNCHER
+from longskip.launcher.rendering import BY_SSH, DEVICES, HERE, LAUNCHER
 
 LOOK_SECONDS = 0.5
 # What the launchers set for their one process a node, and ranks must not take for their own.
 _OF_LAUNCHERS = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-    "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", DEVICES, LAUNCHER, HERE,
+    "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", DEVICES, LAUNCHER, HERE, BY_SSH,
 )  # fmt: skip
 _BEGIN_OF_LAUNCHERS = ("TORCHELASTIC_", "ROLE_", "OMPI_", "PMIX_", "PMI_")
 
@@ -38,17 +38,17 @@ def clear(environment: MutableMapping[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def told_from_outside(environment: MutableMapping[str, str], node: int, *, by_ssh: bool) -> Iterator[list[int]]:
+def told_from_outside(environment: Mapping[str, str], node: int) -> Iterator[list[int]]:
     """While this is entered, the launch can ask this process to end. What the yielded list holds at the end, one exit code,
     is left in the launch's folder.
 
-    ``by_ssh``: standard input is the connection, and its end the launch's.
+    ``environment`` is that before ``clear``. Over ssh standard input is the connection, and its end the launch's.
     """
     folder = Path(environment[HERE]) if environment.get(HERE) else None
     launcher = environment.get(LAUNCHER, "")
     ended: list[int] = []
     over = threading.Event()
-    watching = [fd for fd in (_open(launcher), 0 if by_ssh else None) if fd is not None]
+    watching = [fd for fd in (_open(launcher), 0 if environment.get(BY_SSH) else None) if fd is not None]
     thread = threading.Thread(target=_watch, args=(folder, node, watching, over), daemon=True)
     if folder is not None or watching:
         thread.start()

@@ -71,7 +71,13 @@ class Chronicle:
             self._say(note.detail)
         if note.kind == "stopped":
             return
-        line = {"time": now, "attempt": note.attempt, "step": max(note.step, 0), "kind": note.kind, "detail": note.detail}
+        line = {
+            "time": now,
+            "attempt": note.attempt,
+            "step": max(note.step, 0),
+            "kind": note.kind,
+            "detail": note.detail,
+        }
         line |= {name: value for name in ("node", "rank") if (value := getattr(note, name)) is not None}
         self._waiting.append((self.run / "incidents.jsonl", line))
 

@@ -86,6 +86,35 @@ def data(
 
 
 @app.command()
+def save(
+    preset: Annotated[str, typer.Option(help="the model; its depth and width are set below")] = "uvit-tiny",
+    depth: Annotated[int, typer.Option(min=2, help="blocks less one, even")] = 12,
+    width: Annotated[int, typer.Option(min=1, help="of the model; 384 makes 25M parameters")] = 384,
+    batch: Annotated[int, typer.Option(min=1, help="pictures a step, over all ranks")] = 2,
+    ranks: Annotated[list[int] | None, typer.Option(min=1, help="of ZeRO-3; 1 and 2 by default; may be repeated")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="plain steps timed before each save")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="saves of each kind, in turns")] = 5,
+    folder: Annotated[
+        Path | None, typer.Option(help="where checkpoints are written; the temporary folder by default")
+    ] = None,
+    as_json: JsonOption = False,
+    out: OutOption = None,
+) -> None:
+    """A checkpoint: how long training is held, and how long until it is committed, beside plain copies and writes.
+
+    The time held beside one copy of the rank's state in memory, into fresh buffers and warm ones; the whole save beside
+    write + fsync + hash of the same bytes, alone and while the same training runs.
+    """
+    from longskip.engine.bench_save import bench_save, to_markdown
+
+    result = bench_save(
+        preset, depth=depth, width=width, batch=batch, ranks=tuple(ranks or (1, 2)), steps=steps, repeats=repeats,
+        folder=folder, progress=_tell,
+    )  # fmt: skip
+    _hand_out(result, to_markdown(result), as_json, out)
+
+
+@app.command()
 def counters(
     preset: Annotated[list[str] | None, typer.Option(help="the model, uvit-tiny by default; may be repeated")] = None,
     device: Annotated[list[str] | None, typer.Option(help="cpu or meta, both by default; may be repeated")] = None,

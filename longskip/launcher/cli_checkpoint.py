@@ -19,7 +19,7 @@ CheckpointOption = Annotated[str | None, typer.Option("--checkpoint", help="step
 
 @app.command("list")
 def list_checkpoints(run: RunArgument, as_json: JsonOption = False) -> None:
-    """The checkpoints of a run: step, size, ranks and ZeRO stage that saved it, whether it is complete."""
+    """The checkpoints of a run: step, size, ranks and ZeRO stage that saved it, whether it is complete, how long kept."""
     from longskip.engine.inventory import inventory
     from longskip.engine.runs import find_run
 
@@ -30,11 +30,14 @@ def list_checkpoints(run: RunArgument, as_json: JsonOption = False) -> None:
     for entry in found["checkpoints"]:
         state = f"saved {entry['saved']} by {entry['world']} rank(s) at ZeRO stage {entry['zero_stage']}"
         newest = ", the newest" if entry["name"] == found["newest"] else ""
+        newest += ", kept for good" if entry["kept"] == "every" else ""
         print(f"{entry['name']}  {entry['bytes']:>15,} bytes  {entry['problem'] or state + newest}")
     for entry in found["leftovers"]:
         print(f"{entry['name']}  {entry['bytes']:>15,} bytes  not used")
     if not found["checkpoints"]:
         print(f"no checkpoint in {found['run']}")
+    elif found["keep_every"]:
+        print(f"kept: the last {found['keep_last']}, and every step that is a multiple of {found['keep_every']}")
 
 
 @app.command()

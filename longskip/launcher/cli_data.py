@@ -84,6 +84,9 @@ def index(
 def lint(
     path: PathArgument,
     config: Annotated[Path | None, typer.Option(help="a run's YAML: its caption limit is checked too")] = None,
+    quarantine: Annotated[
+        Path | None, typer.Option(help="write the samples that cannot be trained on here, for data.quarantine")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Read everything once: hashes, pictures, captions; exit code 1 when something is bad."""
@@ -92,8 +95,13 @@ def lint(
 
     text = load_config(config).encoders.text if config else None
     limit = text.n_tokens if text and text.too_long == "error" else None
+    bad: list[str] = []
     with counting("reading", None) as progress:
-        found = check(path, n_txt=limit, progress=progress)
+        found = check(path, n_txt=limit, progress=progress, bad=lambda entry: bad.append(json.dumps(entry)))
+    if quarantine is not None:
+        from longskip.engine.data.index import write_atomically
+
+        write_atomically(quarantine, "".join(f"{line}\n" for line in bad).encode())
     if as_json:
         print(json.dumps(found.to_json()))
     else:
@@ -108,6 +116,8 @@ def lint(
             print(f"  {reason}: {count:,}")
         for name, reason, detail in found.examples:
             print(f"    {name}: {reason} ({detail})")
+        if quarantine is not None:
+            print(f"{len(bad):,} sample(s) written to {quarantine}; they are passed over with data.quarantine={quarantine}")
     raise typer.Exit(0 if found.ok else 1)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from longskip.launcher.rendering import Rendered, Request
 
 TAKES_THE_REST = {"allow_extra_args": True, "ignore_unknown_options": True}
-_PREFLIGHT = "see before the first step that every node can do its part; by default where there are several"
+_PREFLIGHT = "see before the first step that every node can do its part; of one node in a fraction of a second"
 
 
 def launch(
@@ -157,10 +157,9 @@ def supervise(
         nodes=nodes, node=own, ranks=ranks, store=store, bind=bind, elastic=elastic, min_nodes=min_nodes,
         preflight="only" if preflight_only else "yes" if preflight else "no", arguments=tuple(context.args),
     )  # fmt: skip
-    by_ssh = _BY_SSH in os.environ
     outside = dict(os.environ)
     asking.clear(os.environ)
-    with asking.told_from_outside(outside, own, by_ssh=by_ssh) as ended:
+    with asking.told_from_outside(outside, own) as ended:
         try:
             code = run_supervisor(what)
         except LongskipError as error:
@@ -168,9 +167,6 @@ def supervise(
             raise
         ended.append(code)
     raise typer.Exit(code)
-
-
-_BY_SSH = "LONGSKIP_BY_SSH"
 
 
 def _unpacked(word: str) -> None:
@@ -233,12 +229,11 @@ def _request(arguments: list[str], asked: dict[str, Any]) -> tuple[Config, Reque
     master = check_host(asked["master"]) if asked["master"] else machines.hosts[0] if machines.hosts else LOOPBACK
     if on == "hosts" and machines.nodes > 1 and not machines.hosts and not asked["master"]:
         raise ConfigError("--on hosts needs the first node's address", cure="--master HOST, or --hostfile F")
-    several = machines.nodes > 1
     return config, Request(
         on=cast("Literal['local', 'hosts', 'slurm', 'kubernetes']", on), via=cast("Any", via), cluster=machines,
         train=words, run=str(run), folder=str(Path.cwd()), python=sys.executable, runner=cast("Any", asked["launcher"]),
         ssh=asked["ssh"], node=asked["node"], master=master, environment=passed_on(os.environ), elastic=asked["elastic"],
-        min_nodes=asked["min_nodes"], preflight=asked["preflight"] or ("yes" if several else "no"),
+        min_nodes=asked["min_nodes"], preflight=asked["preflight"] or "yes",
         launcher_args=tuple(asked["launcher_args"]), setup=None if asked["setup"] is None else str(asked["setup"].absolute()),
         kept_micro=launching.kept_micro(config, run),
     )  # fmt: skip

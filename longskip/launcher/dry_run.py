@@ -131,6 +131,7 @@ def _print_memory(config: Config, batch: BatchPlan, n_parameters: int) -> None:
             for name in ("weights", "gradients", "states", "gathered", "activations", "buffers")
         )
         host = f"; host memory {fitting.readable(needed.host)}" if needed.host else ""
+        host += f"; {fitting.readable(needed.snapshot)} of host memory for saves" if needed.snapshot else ""
         print(f"                  ZeRO-{each}: about {fitting.readable(needed.device)} a rank ({parts}){host}")
 
 

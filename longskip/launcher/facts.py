@@ -12,7 +12,7 @@ A probe's facts are JSON values under the probe's name:
 - ``run``: ``path``, ``seen``, ``writable``, ``locked`` (None: not tried), ``free`` bytes, ``steps`` (checkpoints there),
   ``owner`` (another job, or None), ``error``
 - ``reach``: ``address``, ``interface``, ``mtu``, ``unreached`` {node: why}, ``reached``, ``offset`` and ``uncertainty`` (seconds,
-  of this node's clock against node 0's), ``listening`` [addresses beyond loopback], ``taken`` {port: why}, ``error``
+  of this node's clock against node 0's), ``listening`` [addresses beyond loopback], ``error``
 - ``interconnect``: ``backend``, ``cuda`` (devices that torch sees), ``latency`` (seconds), ``busbw`` and ``inward`` (bytes/s),
   ``right`` (whether the sum was)
 """

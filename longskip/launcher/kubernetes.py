@@ -17,24 +17,31 @@ import yaml
 from longskip.engine.config import Config
 from longskip.engine.configio import dump_yaml
 from longskip.errors import EXIT_FAILED, EXIT_SAVED, EXIT_USAGE, ConfigError
-from longskip.launcher.rendering import MODULE, Rendered, Request, environment_of, supervise_words, told_by
+from longskip.launcher.rendering import MODULE, Rendered, Request, supervise_words, told_by
 
 MANIFEST = "job.yaml"
 MOUNTED = "/etc/longskip"
 _MOST_CONFIG = 512 * 1024  # a ConfigMap holds 1 MiB
 
 
+class _Plain(yaml.SafeDumper):
+    """YAML without anchors: what stands twice is written twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
 def render_kubernetes(config: Config, request: Request) -> Rendered:
     """The manifests in one file, and the command that applies it. Raises ConfigError for what a pod cannot do without."""
     cluster = request.cluster
-    text = yaml.safe_dump_all(manifests(config, request), sort_keys=False, allow_unicode=True, width=120)
+    text = yaml.dump_all(manifests(config, request), Dumper=_Plain, sort_keys=False, allow_unicode=True, width=120)
     return Rendered(
         files={MANIFEST: text},
         command=("kubectl", "apply", "-f", f"{request.kept}/{MANIFEST}"),
         notes=(
             f"{cluster.world} rank(s) in {cluster.nodes} pod(s), {cluster.ranks_per_node} each",
             f"kubectl -n {config.launch.kubernetes.namespace} logs -f job/{name_of(request.run)}",
-            "the configuration goes along as a ConfigMap, with this machine's file resolved; data lie in the volumes",
+            "the configuration goes along as a ConfigMap; nothing of this machine's environment or files does",
             "a job of this name must be deleted before it is applied again: kubectl delete -f",
         ),
     )
@@ -60,10 +67,10 @@ def manifests(config: Config, request: Request) -> list[dict[str, Any]]:
         "image": group.image,
         "command": [_literal(word) for word in words],
         "workingDir": folder,
-        "env": [{"name": k, "value": _literal(v)} for k, v in environment_of(config, request).items()],
+        "env": [{"name": k, "value": _literal(v)} for k, v in sorted(config.launch.environment.items())],
         "resources": {"requests": resources, "limits": dict(resources)} if resources else {},
         "ports": [{"name": "store", "containerPort": config.launch.port}],
-        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        "securityContext": {"allowPrivilegeEscalation": False},
         "volumeMounts": [
             {"name": "config", "mountPath": MOUNTED, "readOnly": True},
             {"name": "shm", "mountPath": "/dev/shm"},

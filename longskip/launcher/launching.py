@@ -15,8 +15,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,7 @@ def start(rendered: Rendered, request: Request) -> int:
 
     Signals ask the supervisors to save and end. Raises ConfigError for a program that is not installed.
     """
+    by_ssh = _program(request) is not None
     _find(_program(request))
     folder = keep(rendered, request)
     mine = "" if request.node is None or request.cluster.nodes == 1 else f"-{request.node}"
@@ -96,17 +97,36 @@ def start(rendered: Rendered, request: Request) -> int:
     asked: list[int] = []
     handlers = {number: signal.signal(number, lambda n, frame: asked.append(n)) for number in ASKING}
     try:
-        process = subprocess.Popen(rendered.command, env=_environment(rendered, request), start_new_session=True)
-        told = False
-        while (code := process.poll()) is None:
-            if asked and not told:
-                write_atomic(folder / f"{STOP}{mine}", signal.Signals(asked[0]).name)
-                told = True
-            time.sleep(0.1)
+        process = subprocess.Popen(
+            rendered.command,
+            env=_environment(rendered, request),
+            # Over ssh DeepSpeed goes to this folder on every node, in a line for a shell, and lays it over PYTHONPATH.
+            cwd="/" if by_ssh else None,
+            start_new_session=True,
+        )
+        with _guarded(process.pid) if by_ssh else nullcontext():
+            told = False
+            while (code := process.poll()) is None:
+                if asked and not told:
+                    write_atomic(folder / f"{STOP}{mine}", signal.Signals(asked[0]).name)
+                    told = True
+                time.sleep(0.1)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return _how_it_ended(folder, request, code)
+
+
+@contextmanager
+def _guarded(group: int) -> Iterator[None]:
+    """Should this process die, however it dies, the launcher's processes here are killed: with them the connections end,
+    which the supervisors on the nodes see."""
+    code = "import os, sys\nif not sys.stdin.read(): os.killpg(int(sys.argv[1]), 9)"
+    guard = subprocess.Popen([sys.executable, "-c", code, str(group)], stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield
+    finally:
+        guard.communicate(b"done")
 
 
 def submit(rendered: Rendered, request: Request) -> str:

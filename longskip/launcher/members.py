@@ -121,6 +121,7 @@ class Leader:
         self._since = self.now
         self._first = True
         self._checked = self.terms.preflight == "no"
+        self._reports: dict[int, Report] = {}  # the last readable one of every node that ever said something
         self._marks: dict[int, tuple[str, int]] = {}
         self._heard: dict[int, float] = {}
         self._lost: set[int] = set()
@@ -147,6 +148,10 @@ class Leader:
                     self._note("node_back", f"node {node} is heard of again", node=node)
                 self._marks[node], self._heard[node] = mark, self.now
             silent = self.now - self._heard.get(node, self.now)
+            if self.phase == "stopped":  # they leave because they were told to
+                if report.state == "left":
+                    self._lost.add(node)
+                continue
             if self.alive(node) and (report.state == "left" or silent >= self.terms.node_timeout):
                 self._lost.add(node)
                 left = "its supervisor has ended" if report.state == "left" else f"not heard of for {silent:.0f} s"
@@ -160,6 +165,8 @@ class Leader:
     def decide(self, now: float, reports: Mapping[int, Report]) -> Plan:
         """The plan now, on the newest reports; ``now`` is of one monotonic clock."""
         self.now = now
+        self._reports.update(reports)
+        reports = self._reports
         self._hear(reports)
         self._step = max([self._step, *(r.step for n, r in reports.items() if r.attempt == self.attempt)])
         if not self._asked:
@@ -182,8 +189,10 @@ class Leader:
         waited = self.now - self._since
         here = [node for node in range(terms.nodes) if self.alive(node)]
         absent = [node for node in range(terms.nodes) if node not in here]
-        if any(reports[node].state == "running" for node in here):
-            return None  # ranks of the attempt before are still being put down
+        if any(reports[node].state == "running" or self._heard[node] <= self._since for node in here):
+            return (
+                None  # ranks of the attempt before are being put down, or a node may be lost: it has said nothing since
+            )
         if absent and not terms.elastic and (lost := [node for node in absent if node in self._lost]):
             return self._stop(EXIT_FAILED, f"{_nodes(lost)} lost; launch --elastic goes on with those that are left")
         enough = not absent or (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,13 +25,14 @@ _OPEN_BESIDE = 128  # files that a rank has open beside shards, workers and peer
 class Needs:
     """What the run needs, of all nodes alike.
 
-    ``ranks`` of a node, ``world`` of all that take part. ``checkpoint``: bytes of one, ``keep`` of them stay. ``memory``: the
-    ZeRO stages that may be taken and what a rank needs at each. ``shared``: bytes of shared memory for a node's readers.
-    ``open_files``: the most that a rank may have open. ``readers``: ranks × workers. ``network``: bytes/s of a rank between
-    nodes and its name, where one is named. ``wrong``: what cannot be planned, and the cure.
+    ``members``: the nodes that take part. ``ranks`` of a node, ``world`` of all that compute. ``checkpoint``: bytes of one,
+    ``keep`` of them stay. ``memory``: the ZeRO stages that may be taken and what a rank needs at each. ``shared``: bytes of
+    shared memory for a node's readers. ``open_files``: the most that a rank may have open. ``readers``: ranks × workers.
+    ``network``: its name and the bytes/s that a rank has of it between nodes, where one is named. ``wrong``: what cannot be
+    planned, and the cure.
     """
 
-    nodes: int
+    members: tuple[int, ...]
     ranks: int
     world: int
     requirements: tuple[str, ...] = ()
@@ -45,22 +47,26 @@ class Needs:
     network: tuple[str, float] | None = None
     wrong: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def nodes(self) -> int:
+        return len(self.members)
+
 
 def needs_of(
     config: Config,
     run: Path,
-    nodes: int,
+    members: Sequence[int],
     ranks: int,
     *,
     elastic: bool = False,
     network: tuple[str, float] | None = None,
 ) -> Needs:
-    """What ``config`` needs of ``nodes`` nodes with ``ranks`` ranks each; never raises for the user's mistakes, but lists them.
+    """What ``config`` needs of the nodes ``members`` with ``ranks`` ranks each; a user's mistakes are listed, not raised.
 
     ``elastic``: not all ranks need take part, as many do as divide the batch.
     """
     wrong: list[tuple[str, str]] = []
-    world, parameters = nodes * ranks, parameters_of(config, run)
+    world, parameters = len(members) * ranks, parameters_of(config, run)
     batch: BatchPlan | None = None
     memory: tuple[tuple[int, Memory], ...] = ()
     shared = 0
@@ -72,7 +78,7 @@ def needs_of(
     except LongskipError as error:
         wrong.append((error.message, error.cure or ""))
     return Needs(
-        nodes=nodes,
+        members=tuple(members),
         ranks=ranks,
         world=batch.world if batch else world,
         requirements=_requirements(),

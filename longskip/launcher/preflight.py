@@ -31,7 +31,8 @@ __all__ = ["Outcome", "Store", "check", "print_outcome"]
 
 FACTS_SECONDS = 17.0
 """After which node 0 judges what it has been told; a node that said nothing is a finding. No probe takes longer."""
-VERDICT_SECONDS = FACTS_SECONDS + 8.0
+VERDICT_SECONDS = FACTS_SECONDS + 3.0
+HEARD_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -74,21 +75,21 @@ def check(
     store: Store,
     *,
     node: int,
-    nodes: int,
+    members: Sequence[int],
     ranks: int,
     config: Config,
     run: Path,
     bind: str | None = None,
     elastic: bool = False,
     network: tuple[str, float] | None = None,
-    ports: Sequence[int] = (),
     prefix: str = "preflight",
     quick: bool = False,
 ) -> Outcome:
     """Look at this node, hear from the others, and return the verdict that node 0 gives for all; in 20 s at the most.
 
-    ``ranks`` of a node. ``bind``: the address at which node 0 serves, or another node's own. ``network``: the name of what
-    joins the nodes, and the bytes/s that a rank has of it. ``ports``: where node 0 will listen. ``prefix`` is another one each
+    ``members``: the nodes that take part, node 0 first; all begin within seconds of one another. ``ranks`` of a node.
+    ``bind``: the address at which node 0 serves, or another node's own. ``network``: the name of what
+    joins the nodes, and the bytes/s that a rank has of it. ``prefix`` is another one each
     time that a store is used for a preflight. ``quick`` starts no process, so that GPUs and interconnect are not tried.
     The caller raises the refusal: ``outcome.refuse()``.
 
@@ -102,16 +103,16 @@ def check(
         probes.Timed("devices", probes.devices, 8.0),
         probes.Timed("data", probes.data(config, node), 12.0),
         probes.Timed("run", folder.probe, 13.0),
-        probes.Timed("reach", reach(board, node, nodes, bind, ports), 14.0),
+        probes.Timed("reach", reach(board, node, members, bind), 14.0),
     ]
-    if not quick and (nodes > 1 or probes.uses_gpus()):
-        looks.append(probes.Timed("interconnect", interconnect(board, node, nodes, bind), REDUCTION_SECONDS + 1.0))
+    if not quick and (len(members) > 1 or probes.uses_gpus()):
+        looks.append(probes.Timed("interconnect", interconnect(board, node, members, bind), REDUCTION_SECONDS + 1.0))
     needs: list[Needs] = []
     if node == 0:
         looks.append(
             probes.Timed(
                 "plan",
-                lambda _: needs.append(needs_of(config, run, nodes, ranks, elastic=elastic, network=network)),
+                lambda _: needs.append(needs_of(config, run, members, ranks, elastic=elastic, network=network)),
                 12.0,
             )
         )
@@ -119,11 +120,13 @@ def check(
         facts = Facts(node, socket.gethostname(), *probes.run_probes(looks))
         board.put(f"facts/{node}", facts.to_json())
         if node == 0:
-            known = needs[0] if needs else Needs(nodes, ranks, nodes * ranks)
+            known = needs[0] if needs else Needs(tuple(members), ranks, len(members) * ranks)
             verdict = _verdict(board, facts, known, began + FACTS_SECONDS)
             board.put("verdict", verdict)
+            _await_heard(board, verdict["answered"])
         else:
             verdict = board.take("verdict", began + VERDICT_SECONDS - time.monotonic())
+            board.put(f"heard/{node}", True)
     except (TimeoutError, RuntimeError, OSError) as error:
         raise PreflightError(
             f"node {node} heard no verdict of the preflight from node 0: {error}",
@@ -134,30 +137,46 @@ def check(
     if "error" in verdict:
         raise PreflightError(f"node 0 could not judge: {verdict['error']}", cure="see node 0's log")
     findings = tuple(Finding.from_json(each) for each in verdict["findings"])
-    return Outcome(findings, nodes, time.monotonic() - began, verdict["slowest"])
+    return Outcome(findings, len(members), time.monotonic() - began, verdict["slowest"])
 
 
 def _verdict(board: Board, own: Facts, needs: Needs, until: float) -> dict[str, Any]:
     """Node 0's verdict over all that answer by ``until``; an error of the judge's own is told too, for all are waiting."""
     everyone = [own]
-    for other in range(1, needs.nodes):
+    for other in needs.members[1:]:
         with suppress(TimeoutError, RendezvousError):
             everyone.append(Facts.from_json(board.take(f"facts/{other}", until - time.monotonic()), other))
     try:
         findings = judge(everyone, needs)
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"}
+        return {"error": f"{type(error).__name__}: {error}", "answered": [each.node for each in everyone[1:]]}
     slowest: dict[str, float] = {}
     for each in everyone:
         for probe, seconds in each.seconds.items():
             slowest[probe] = max(seconds, slowest.get(probe, 0.0))
-    return {"findings": [finding.to_json() for finding in findings], "slowest": slowest}
+    return {
+        "findings": [finding.to_json() for finding in findings],
+        "slowest": slowest,
+        "answered": [each.node for each in everyone[1:]],
+    }
 
 
-def print_outcome(outcome: Outcome, *, as_json: bool = False) -> None:
-    """The table for people, or one JSON object; cures below the table, where they have room."""
+def _await_heard(board: Board, nodes: Sequence[int]) -> None:
+    """Node 0 keeps the store: it must not leave before those who answered have read why."""
+    until = time.monotonic() + HEARD_SECONDS
+    for node in nodes:
+        with suppress(TimeoutError):
+            board.take(f"heard/{node}", until - time.monotonic())
+
+
+def print_outcome(outcome: Outcome, *, as_json: bool = False, brief: bool = False) -> None:
+    """The table for people, or one JSON object; cures below the table, where they have room. ``brief``: only what is wrong,
+    and nothing where nothing is."""
     if as_json:
         print(json.dumps(outcome.to_json()))
+        return
+    shown = [each for each in outcome.findings if not brief or each.status != "ok"]
+    if not shown:
         return
     from rich import box
     from rich.console import Console
@@ -166,11 +185,11 @@ def print_outcome(outcome: Outcome, *, as_json: bool = False) -> None:
 
     marks = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "failed": "[red]✗[/]"}
     table = Table("", "what", "seen", "needed", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for each in outcome.findings:
+    for each in shown:
         table.add_row(marks[each.status], each.what, escape(each.seen), escape(each.limit))
     console = Console()
     console.print(table)
-    for each in outcome.findings:
+    for each in shown:
         if each.status != "ok" and each.cure:
             console.print(f"{marks[each.status]} {each.what}: {escape(each.cure)}", highlight=False, soft_wrap=True)
     counts = {status: sum(each.status == status for each in outcome.findings) for status in ORDER}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ GRACE_SECONDS = 2.5  # for ranks that a neighbour's death ends, to say so themse
 REAP_SECONDS = 10.0
 QUIET_SECONDS = 30.0  # the least time-out of a step, and of a rank that stands still by a signal
 TAIL_BYTES, TAIL_LINES = 8192, 12
+_OF_ONE_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class RankProcess:
     rank: int
     process: subprocess.Popen[bytes]
     file: int  # the pulse, an unlinked file
+    stacks: Path
     log: Path | None  # where its output goes; None: to ours
     log_start: int
     beat: Beat = field(default_factory=Beat)
@@ -85,30 +88,36 @@ class Team:
         self.slowest = 0.0  # over the attempts of one world
         self._ranks: list[RankProcess] = []
         self._world = 0
+        self._mark = f"{os.getpid()}-{secrets.token_hex(8)}"  # in the environment of all that our ranks start
 
     def start(self, attempt: int, first: int, share: int, world: int, environment: Mapping[str, str]) -> None:
         """Start ranks ``first`` to ``first + share`` of ``world``; rank 0's output is ours, the others have logs."""
+        self.kill()  # what is left of the attempt before
+        self._ranks.clear()
         if world != self._world:
             self._world, self.slowest = world, 0.0
         self.endings = []
         for local in range(share):
             own = {"RANK": first + local, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": share, "WORLD_SIZE": world}
-            self._ranks.append(self._start(first + local, attempt, {**environment, **{k: str(v) for k, v in own.items()}}))
+            self._ranks.append(
+                self._start(first + local, attempt, {**environment, **{k: str(v) for k, v in own.items()}})
+            )
 
     def _start(self, rank: int, attempt: int, environment: dict[str, str]) -> RankProcess:
         logs = self.run / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         log = logs / f"rank-{rank}.log" if rank else None
+        shown = logs / f"stacks-{attempt}-rank-{rank}.txt"
         with tempfile.TemporaryFile() as file:
             file.write(bytes(pulse.SIZE))
             file.flush()
             descriptor = os.dup(file.fileno())
         environment |= {
             pulse.VARIABLE: f"/dev/fd/{descriptor}",
-            pulse.STACKS: str((logs / f"stacks-{attempt}-rank-{rank}.txt").absolute()),
-            SUPERVISOR: str(os.getpid()),
+            pulse.STACKS: str(shown.absolute()),
+            SUPERVISOR: self._mark,
         }
-        command = [sys.executable, "-m", MODULE, *self.arguments]
+        command = rank_command(self.arguments)
         with open(log, "ab") if log else contextlib.nullcontext(None) as output:
             # A session of its own: Ctrl-C reaches the supervisor alone, and its group holds what the rank starts.
             process = subprocess.Popen(
@@ -116,7 +125,7 @@ class Team:
                 start_new_session=True,
             )  # fmt: skip
             begin = output.tell() if output else 0
-        return RankProcess(rank, process, descriptor, log, begin)
+        return RankProcess(rank, process, descriptor, shown, log, begin)
 
     @property
     def running(self) -> bool:
@@ -160,6 +169,8 @@ class Team:
         rank.over = True
         rank.beat = pulse.read(rank.file)
         os.close(rank.file)
+        if rank.stacks.is_file() and not rank.stacks.stat().st_size:
+            rank.stacks.unlink(missing_ok=True)
         if not put_down:
             self.endings.append(_classify(rank, code))
 
@@ -178,7 +189,7 @@ class Team:
         if not self.running:
             return
         if dump:
-            stacks.dump([rank.process.pid for rank in self._ranks if not rank.over and rank.beat.count])
+            stacks.dump({rank.process.pid: rank.stacks for rank in self._ranks if not rank.over and rank.beat.count})
         deadline = time.monotonic() + (0.0 if dump else GRACE_SECONDS)
         while self.running and time.monotonic() < deadline:
             self.poll()
@@ -188,13 +199,9 @@ class Team:
     def kill(self) -> None:
         """Kill the ranks and all that they started, at once."""
         alive = [rank for rank in self._ranks if not rank.over]
-        below = [child for rank in alive for child in _descendants(rank.process.pid)]
         for rank in alive:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(rank.process.pid, signal.SIGKILL)
-        for child in below:
-            with contextlib.suppress(psutil.Error):
-                child.kill()
         deadline = time.monotonic() + REAP_SECONDS
         for rank in alive:
             while not _has_ended(rank.process):
@@ -202,11 +209,16 @@ class Team:
                     raise LongskipError(f"rank {rank.rank} (process {rank.process.pid}) cannot be killed")
                 time.sleep(0.01)
             self._ended(rank, put_down=True)
-        psutil.wait_procs(below, timeout=max(0.0, deadline - time.monotonic()))
+        if self._ranks:
+            self._sweep(deadline)
 
-    def forget(self) -> None:
-        """The attempt is over: its processes are no longer of interest."""
-        self._ranks = [rank for rank in self._ranks if not rank.over]
+    def _sweep(self, deadline: float) -> None:
+        """Kill what ranks that are gone have started in sessions of its own: it is known by its environment."""
+        left = [process for process in psutil.process_iter() if _environment_of(process).get(SUPERVISOR) == self._mark]
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(left, timeout=max(0.0, deadline - time.monotonic()))
 
     def last_words(self, rank: int) -> str:
         """The end of what a rank wrote to its log in this attempt; empty where its output is ours."""
@@ -218,6 +230,11 @@ class Team:
                     lines = file.read().decode("utf-8", "replace").splitlines()
                     return "\n".join([line for line in lines if line.strip()][-TAIL_LINES:])
         return ""
+
+
+def rank_command(arguments: Sequence[str]) -> list[str]:
+    """What a rank is: ``longskip ARGUMENTS`` in a process of its own."""
+    return [sys.executable, "-m", MODULE, *arguments]
 
 
 def _has_ended(process: subprocess.Popen[bytes]) -> bool:
@@ -244,11 +261,11 @@ def _classify(rank: RankProcess, code: int) -> Ending:
     return Ending(rank.rank, "died", f"exit code {code}", step)
 
 
-def _descendants(pid: int) -> list[psutil.Process]:
+def _environment_of(process: psutil.Process) -> dict[str, str]:
     try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.Error:
-        return []
+        return process.environ()
+    except (psutil.Error, OSError):  # another user's, or gone
+        return {}
 
 
 def rank_environment(ranks: int) -> dict[str, str]:
@@ -259,6 +276,7 @@ def rank_environment(ranks: int) -> dict[str, str]:
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not Path("/dev/nvidiactl").exists():
         environment.setdefault("DS_ACCELERATOR", "cpu")
-    for inherited in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(inherited, None)
+    for inherited in list(environment):
+        if inherited in _OF_ONE_RANK or inherited.startswith("TORCHELASTIC_"):
+            del environment[inherited]
     return environment

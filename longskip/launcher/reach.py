@@ -85,15 +85,15 @@ def ask(address: str, port: int) -> tuple[bytes, float, float]:
     return best
 
 
-def reach(board: Board, node: int, nodes: int, bind: str | None, ports: Sequence[int]) -> Probe:
+def reach(board: Board, node: int, members: Sequence[int], bind: str | None) -> Probe:
     """This node's address and interface, every other node's port from here, the clock against node 0's, and what listens.
 
-    ``ports`` are those that node 0 will listen at.
+    ``members`` are the nodes that take part, node 0 among them.
     """
 
     def probe(found: Found) -> None:
         try:
-            own = own_address(board, node, nodes, bind)
+            own = own_address(board, node, len(members), bind)
             listener = Listener(own)
         except OSError as error:
             found["error"] = f"{bind or socket.gethostname()}: {error}"
@@ -101,16 +101,14 @@ def reach(board: Board, node: int, nodes: int, bind: str | None, ports: Sequence
             return
         found["address"] = own
         found |= interface_of(own)
-        if node == 0:
-            found["taken"] = {str(port): why for port in ports if (why := taken(bind or own, port))}
         try:
             board.put(f"hello/{node}", {"address": own, "port": listener.port, "token": listener.token.hex()})
             found["listening"] = listening(but=listener.port)
-            _meet(board, node, nodes, found)
+            _meet(board, node, members, found)
             # Nobody's port closes before those who may try it have.
             board.put(f"met/{node}", True)
             until = time.monotonic() + _CONNECT
-            for other in _peers(node, nodes):
+            for other in _peers(node, members):
                 with suppress(TimeoutError):
                     board.take(f"met/{other}", until - time.monotonic())
         finally:
@@ -119,15 +117,16 @@ def reach(board: Board, node: int, nodes: int, bind: str | None, ports: Sequence
     return probe
 
 
-def _peers(node: int, nodes: int) -> list[int]:
+def _peers(node: int, members: Sequence[int]) -> list[int]:
     """Whom a node tries: everyone, of many nodes node 0 and those at distances of powers of two, either way."""
-    if nodes <= _ALL_TO_ALL:
-        return [other for other in range(nodes) if other != node]
-    steps = [1 << k for k in range(nodes.bit_length())]
-    return sorted({0, *((node + way * step) % nodes for step in steps for way in (-1, 1))} - {node})
+    if len(members) <= _ALL_TO_ALL:
+        return [other for other in members if other != node]
+    at, n = list(members).index(node), len(members)
+    steps = [1 << k for k in range(n.bit_length())]
+    return sorted({0, *(members[(at + way * step) % n] for step in steps for way in (-1, 1))} - {node})
 
 
-def _meet(board: Board, node: int, nodes: int, found: Found) -> None:
+def _meet(board: Board, node: int, members: Sequence[int], found: Found) -> None:
     def meet(other: int) -> tuple[str, tuple[float, float] | None]:
         try:
             hello = board.take(f"hello/{other}", _WAIT)
@@ -144,7 +143,7 @@ def _meet(board: Board, node: int, nodes: int, found: Found) -> None:
             return f"{where} is answered by somebody else: two nodes go by one address", None
         return "", (offset, uncertainty)
 
-    peers = _peers(node, nodes)
+    peers = _peers(node, members)
     found["unreached"], found["reached"] = {}, 0
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for other, (why, clock) in zip(peers, pool.map(meet, peers), strict=True):
@@ -204,16 +203,6 @@ def interface_of(address: str) -> dict[str, Any]:
     if ipaddress.ip_address(address).is_loopback:
         return {"interface": "lo", "mtu": psutil.net_if_stats()["lo"].mtu if "lo" in psutil.net_if_stats() else 0}
     return {"interface": None, "mtu": 0}
-
-
-def taken(address: str, port: int) -> str:
-    """Why nothing can listen there; empty where it can."""
-    host = "" if address in WILDCARDS else address
-    try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as error:
-        return str(error)
-    return ""
 
 
 def listening(*, but: int) -> list[str]:

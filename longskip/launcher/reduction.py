@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Any
 
@@ -33,8 +34,8 @@ _ENOUGH = 0.1  # seconds of one all-reduce that is long enough to tell the bandw
 _ROUNDS = 20  # small ones, for the latency
 
 
-def interconnect(board: Board, node: int, nodes: int, bind: str | None) -> Probe:
-    """Runs this node's process; ``bind`` is where node 0 serves. One node alone tries its GPUs."""
+def interconnect(board: Board, node: int, members: Sequence[int], bind: str | None) -> Probe:
+    """Runs this node's process, one of those of ``members``; ``bind`` is where node 0 serves. One node alone tries its GPUs."""
 
     def probe(found: Found) -> None:
         deadline = time.monotonic() + SECONDS
@@ -46,7 +47,7 @@ def interconnect(board: Board, node: int, nodes: int, bind: str | None) -> Probe
         ended = threading.Timer(SECONDS, process.kill)
         ended.start()
         try:
-            found |= _talk(process, board, node, nodes, bind, deadline)
+            found |= _talk(process, board, node, members, bind, deadline)
         finally:
             ended.cancel()
             process.kill()
@@ -60,12 +61,13 @@ def interconnect(board: Board, node: int, nodes: int, bind: str | None) -> Probe
 
 
 def _talk(
-    process: subprocess.Popen[str], board: Board, node: int, nodes: int, bind: str | None, deadline: float
+    process: subprocess.Popen[str], board: Board, node: int, members: Sequence[int], bind: str | None, deadline: float
 ) -> Found:
     from longskip.launcher.probes import uses_gpus
     from longskip.launcher.reach import own_address
 
-    order: dict[str, Any] = {"rank": node, "world": nodes, "cuda": uses_gpus()}
+    nodes = len(members)
+    order: dict[str, Any] = {"rank": list(members).index(node), "world": nodes, "cuda": uses_gpus()}
     try:
         if node:
             order |= board.take("reduction", deadline - time.monotonic())

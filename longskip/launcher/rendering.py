@@ -2,7 +2,7 @@
 
 Everything starts ``longskip supervise`` once on every node. A command is a list of arguments that no shell reads, with two
 exceptions that their programs force: pdsh hands one line to a remote shell, so what it is given is one word of base64
-(``packed``); sbatch takes a script (``slurm.py``), in which every value is quoted. Nothing is read here from the machine or
+(``pack``); sbatch takes a script (``slurm.py``), in which every value is quoted. Nothing is read here from the machine or
 its environment: what is passed on stands in the request.
 """
 
@@ -13,7 +13,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from longskip.engine.clusters import PASSED_ON
@@ -40,6 +40,7 @@ LOOPBACK = "127.0.0.1"
 # The launch's own folder, RUN/launch: a supervisor reads there whether it shall stop, and writes how it ended.
 HERE = "LONGSKIP_LAUNCH"
 LAUNCHER = "LONGSKIP_LAUNCHER"  # the number of the launch's process, where that is on the supervisor's machine
+BY_SSH = "LONGSKIP_BY_SSH"  # set where a supervisor's standard input is its connection to the launch
 DEVICES = "LONGSKIP_DEVICES"  # CUDA_VISIBLE_DEVICES before DeepSpeed's launcher replaced it
 _OF_ONE_PLACE = frozenset(
     {
@@ -249,60 +250,53 @@ def _notes(config: Config, request: Request, *more: str) -> tuple[str, ...]:
     return (ranks, *((open_port,) if cluster.nodes > 1 and request.on == "hosts" else ()), *more)
 
 
+def _packed(config: Config, request: Request) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(the module's arguments, notes). One word for all of them: pdsh's goes through a shell, and the options of deepspeed
+    and torchrun take what begins like one of theirs wherever it stands (``--node`` is ``--node-rank`` to them)."""
+    words = supervise_words(request, node="auto", store=_store(config, request))
+    environment = environment_of(config, request)
+    notes = (
+        f"packed, since launchers and shells read plain words: {json.dumps(words, ensure_ascii=False)} in {request.folder}",
+        f"every node gets these variables: {json.dumps(environment, ensure_ascii=False)}",
+    )
+    where = {HERE: request.kept, **({BY_SSH: "1"} if _by_ssh(request) and request.runner == "pdsh" else {})}
+    return ("supervise", "--packed", pack(words, request.folder, {**environment, **where})), notes
+
+
 def _torchrun(config: Config, request: Request) -> Rendered:
     """One process a node through torchrun, which needs no ssh: each node is started by itself."""
-    cluster = request.cluster
+    nodes = request.cluster.nodes
+    words, notes = _packed(config, request)
     commands = []
-    for node in range(cluster.nodes):
-        met = ["--standalone"]
-        if cluster.nodes > 1:
-            met = [
-                "--node-rank",
-                str(node),
-                "--master-addr",
-                request.master,
-                "--master-port",
-                str(config.launch.port + 1),
-            ]
-        commands.append(
-            (
-                request.python, "-m", "torch.distributed.run", "--nnodes", str(cluster.nodes), "--nproc-per-node", "1",
-                *met, "--max-restarts", "0", "-m", MODULE,
-                *supervise_words(request, node="auto", store=_store(config, request)),
-            )
-        )  # fmt: skip
-    return _each_node(config, request, commands)
+    for node in range(nodes):
+        met: tuple[str, ...] = ("--standalone",)
+        if nodes > 1:
+            port = str(config.launch.port + 1)
+            met = ("--node-rank", str(node), "--master-addr", request.master, "--master-port", port)
+        run = (request.python, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node", "1", *met)
+        commands.append((*run, "--max-restarts", "0", "-m", MODULE, *words))
+    return _each_node(config, request, commands, notes)
 
 
 def _deepspeed_here(config: Config, request: Request) -> Rendered:
     """DeepSpeed's launcher without ssh: each node is started by itself; one process a node."""
-    hosts = request.cluster.hosts or tuple(f"node-{i}" for i in range(request.cluster.nodes))
-    commands = []
-    for node in range(request.cluster.nodes):
-        commands.append(
-            (
-                *_runner(config, request),
-                "--no_ssh", "--node_rank", str(node), "--module", MODULE,
-                *supervise_words(request, node="auto", store=_store(config, request)),
-            )
-        )  # fmt: skip
-    rendered = _each_node(config, request, commands)
-    return Rendered(
-        files={"hostfile": hostfile(hosts, 1)},
-        command=rendered.command,
-        environment={**rendered.environment, **_QUIET},
-        notes=rendered.notes,
-        per_node=rendered.per_node,
-    )
+    nodes = request.cluster.nodes
+    words, notes = _packed(config, request)
+    commands = [
+        (*_runner(config, request), "--no_ssh", "--node_rank", str(node), "--module", MODULE, *words)
+        for node in range(nodes)
+    ]
+    names = request.cluster.hosts or tuple(f"node-{i}" for i in range(nodes))
+    rendered = _each_node(config, request, commands, notes)
+    return replace(rendered, files={"hostfile": hostfile(names, 1)}, environment=_QUIET)
 
 
-def _each_node(config: Config, request: Request, commands: list[tuple[str, ...]]) -> Rendered:
+def _each_node(config: Config, request: Request, commands: list[tuple[str, ...]], notes: tuple[str, ...]) -> Rendered:
     node = 0 if request.cluster.nodes == 1 else request.node
-    by_hand = () if node is not None else ("start one command on every node, or this launch there with --node-rank",)
+    by_hand = () if node is not None else ("run this launch with --node-rank I on every node, or these commands there",)
     return Rendered(
         command=() if node is None else commands[node],
-        environment={**environment_of(config, request), HERE: request.kept},
-        notes=_notes(config, request, *by_hand),
+        notes=_notes(config, request, *by_hand, *notes),
         per_node=tuple(commands) if request.cluster.nodes > 1 else (),
     )
 
@@ -321,10 +315,7 @@ def _runner(config: Config, request: Request) -> tuple[str, ...]:
 
 
 def _deepspeed_everywhere(config: Config, request: Request) -> Rendered:
-    """DeepSpeed's runner over pdsh, mpirun or srun: one process a node, whose arguments are one packed word."""
-    words = supervise_words(request, node="auto", store=_store(config, request))
-    environment = environment_of(config, request)
-    word = pack(words, request.folder, {**environment, HERE: request.kept})
+    """DeepSpeed's runner over pdsh, mpirun or srun: one process a node."""
     if request.runner == "pdsh" and not _PLAIN.fullmatch(request.python):
         raise ConfigError(
             f"python at {request.python!r}: pdsh hands this path to a remote shell, which would not take it as one word",
@@ -346,17 +337,13 @@ def _deepspeed_everywhere(config: Config, request: Request) -> Rendered:
     if request.runner == "slurm":  # it knows no --module
         files["supervise.py"] = "from longskip.launcher.cli import main\n\nmain()\n"
         target = [f"{request.kept}/supervise.py"]
+    words, notes = _packed(config, request)
+    slots = f"hostfile: one slot a node, for its supervisor, which starts {request.cluster.ranks_per_node} rank(s)"
     return Rendered(
         files=files,
-        command=(*_runner(config, request), *options, *target, "supervise", "--packed", word),
+        command=(*_runner(config, request), *options, *target, *words),
         environment=_QUIET,
-        notes=_notes(
-            config,
-            request,
-            f"hostfile: one slot a node, for its supervisor, which starts {request.cluster.ranks_per_node} rank(s)",
-            f"packed, as no shell may read it: {json.dumps(words, ensure_ascii=False)} in {request.folder}",
-            f"nodes get these variables: {json.dumps(environment, ensure_ascii=False)}",
-        ),
+        notes=_notes(config, request, slots, *notes),
     )
 
 

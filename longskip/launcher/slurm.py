@@ -40,8 +40,11 @@ def script(config: Config, request: Request) -> str:
     words = supervise_words(request, node="auto", store=_STORE)
     # Inside an allocation of whole nodes a task is bound to one core unless it says how many it takes.
     cores = f"--cpus-per-task={slurm.cpus}" if slurm.cpus else "--cpu-bind=none"
+    # A supervisor that ends says so to the others, which end as well; one that cannot hear is not waited for. With --elastic
+    # it may come back.
+    alone = ["--wait=0", "--no-kill"] if request.elastic else ["--wait=60"]
     srun = ["srun", f"--nodes={cluster.nodes}", f"--ntasks={cluster.nodes}", "--ntasks-per-node=1", cores,
-            "--kill-on-bad-exit=0", *(["--no-kill"] if request.elastic else [])]  # fmt: skip
+            "--kill-on-bad-exit=0", *alone]  # fmt: skip
     command = [*srun, request.python, "-m", MODULE, *words]
     called = " ".join('"$first:$port"' if word == _STORE else shlex.quote(word) for word in command)
     ports = max(1, min(1000, (_HIGHEST_PORT - config.launch.port) // 2))

@@ -6,9 +6,11 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
+from pathlib import Path
 
-DUMP_SECONDS = 1.0
+DUMP_SECONDS = 3.0
+SETTLE_SECONDS = 0.2
 
 
 def is_stopped(pid: int) -> bool:
@@ -21,13 +23,19 @@ def is_stopped(pid: int) -> bool:
         return False
 
 
-def dump(pids: Sequence[int]) -> None:
+def dump(processes: Mapping[int, Path]) -> None:
     """Ask processes that listen for it (``pulse.show_stacks_when_asked``) for their stacks, stopped ones included.
 
-    A stopped process gets the signal first and is then let go on, so that the handler is the first thing that it does.
+    ``processes`` maps their numbers to the files that they write to, which are waited for a little. A stopped process gets
+    the signal first and is then let go on, so that the handler is the first thing that it does.
     """
-    for pid in pids:
+    for pid in processes:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGUSR2)
             os.kill(pid, signal.SIGCONT)
-    time.sleep(DUMP_SECONDS)
+    deadline = time.monotonic() + DUMP_SECONDS
+    while time.monotonic() < deadline and not all(
+        path.is_file() and path.stat().st_size for path in processes.values()
+    ):
+        time.sleep(0.02)
+    time.sleep(SETTLE_SECONDS)

@@ -7,7 +7,9 @@ waiting, never the supervisor.
 from __future__ import annotations
 
 import json
+import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -50,6 +52,8 @@ def listen(host: str, port: int, bind: str | None) -> tuple[socket.socket, Endpo
     the port is taken.
     """
     address = bind or host
+    if address in ("0.0.0.0", "::"):
+        raise ConfigError(f"--bind {address} is every interface", cure="name the address that the other nodes reach")
     try:
         family, _, _, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
         listening = socket.create_server(target[:2], family=family, backlog=1024)  # type: ignore[arg-type]
@@ -63,9 +67,7 @@ def listen(host: str, port: int, bind: str | None) -> tuple[socket.socket, Endpo
 
 def open_server(listening: socket.socket, endpoint: Endpoint, empty: Sequence[str]) -> Any:
     """The TCPStore behind ``listening``, with ``empty`` keys set, so that nobody waits for one; imports torch."""
-    from torch.distributed import TCPStore
-
-    store = TCPStore(
+    store = _tcp_store()(
         endpoint.local, endpoint.port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach(),
         timeout=timedelta(seconds=CONNECT_SECONDS),
     )  # fmt: skip
@@ -76,11 +78,23 @@ def open_server(listening: socket.socket, endpoint: Endpoint, empty: Sequence[st
 
 def open_client(host: str, port: int) -> tuple[Any, str]:
     """A client of the store and this machine's address towards it; raises OSError or a DistError. Imports torch."""
-    from torch.distributed import TCPStore
-
+    tcp_store = _tcp_store()
     local = await_listener(host, port, CONNECT_SECONDS)
     timeout = timedelta(seconds=CONNECT_SECONDS)
-    return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout), local
+    return tcp_store(host, port, is_master=False, wait_for_workers=False, timeout=timeout), local
+
+
+def _tcp_store() -> Any:
+    """torch's class; its C++ warnings of links that are silent, which we tell ourselves, are off in this process alone."""
+    quiet = "TORCH_CPP_LOG_LEVEL"  # read once, when torch is loaded; the ranks have their own
+    ours = quiet not in os.environ and "torch" not in sys.modules
+    if ours:
+        os.environ[quiet] = "ERROR"
+    from torch.distributed import TCPStore
+
+    if ours:
+        os.environ.pop(quiet, None)
+    return TCPStore
 
 
 class Exchange:
@@ -171,6 +185,10 @@ class Wall:
 
     def set(self, key: str, value: str) -> None:
         self._client.set(f"wall/{key}", value)
+
+    def has(self, key: str) -> bool:
+        """Whether somebody has set ``key``; does not wait."""
+        return bool(self._client.check([f"wall/{key}"]))
 
     def get(self, key: str, timeout: float) -> str:
         """The value of ``key``; torch's DistError where nobody has set it within ``timeout`` seconds."""

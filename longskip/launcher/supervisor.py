@@ -166,7 +166,7 @@ class Supervisor:
                     code = self._out_of_reach()
                 if code is not None:
                     self._say_farewell()
-                    if self._refusal is not None:
+                    if self._refusal is not None and code:
                         raise self._refusal
                     return code
                 time.sleep(TICK_SECONDS)
@@ -223,7 +223,7 @@ class Supervisor:
         if self.team.running and (self.mine != current or plan.order not in ("run", "save")):
             self.team.end(dump=plan.dump)
         if plan.order == "preflight" and share:
-            self._check()
+            self._check([member for member, ranks in enumerate(plan.shares) if ranks])
         if plan.order == "run" and share and self.mine != current:
             self.mine = current
             self._shown = 0
@@ -292,24 +292,41 @@ class Supervisor:
         for ending in self.team.endings[self._shown :]:
             first = not any(e.kind in ("died", "refused", "final") for e in self.team.endings[: self._shown])
             if ending.kind in ("died", "refused", "final") and first and (words := self.team.last_words(ending.rank)):
-                print("\n".join(f"[rank {ending.rank}] {line}" for line in words.splitlines()), file=sys.stderr, flush=True)
+                print(
+                    "\n".join(f"[rank {ending.rank}] {line}" for line in words.splitlines()),
+                    file=sys.stderr,
+                    flush=True,
+                )
             self._shown += 1
 
-    def _check(self) -> None:
+    def _check(self, members: Sequence[int]) -> None:
         """The preflight, in a thread of its own: it waits for the other nodes, which this loop must not."""
         if self._checking is None:
-            self._checking = threading.Thread(target=self._preflight, name="longskip-preflight", daemon=True)
+            self._checking = threading.Thread(
+                target=self._preflight, args=(members,), name="longskip-preflight", daemon=True
+            )
             self._checking.start()
 
-    def _preflight(self) -> None:
+    def _preflight(self, members: Sequence[int]) -> None:
         from longskip.launcher import preflight
 
+        what = self.what
         try:
             wall = store.Wall(self._wall_client())
-            preflight.check(wall, self.what.node, self.what.nodes, self.what)
+            outcome = preflight.check(
+                wall, node=what.node, members=members, ranks=what.ranks, config=self.config, run=self.run,
+                bind=self.endpoint.local or None, elastic=what.elastic,
+                quick=what.nodes == 1 and what.preflight != "only",
+            )  # fmt: skip
+            if what.node == 0:
+                preflight.print_outcome(outcome, brief=what.preflight != "only")
+            outcome.refuse()
             self.checked = "ok"
         except LongskipError as error:
             self._refusal, self.checked = error, str(error.exit_code)
+        except Exception as error:  # whatever it is, the others must hear that this node has not checked
+            said = f"the preflight of node {what.node} failed: {type(error).__name__}: {error}"
+            self._refusal, self.checked = LongskipError(said), str(EXIT_FAILED)
 
     def _wall_client(self) -> Any:
         host = self.endpoint.local if self.what.node == 0 else self.host
@@ -332,5 +349,3 @@ def _remembered_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-

@@ -117,7 +117,7 @@ def judge(facts: Sequence[Facts], needs: Needs) -> list[Finding]:
 
 
 def _answered(facts: Sequence[Facts], needs: Needs) -> Iterable[Finding]:
-    missing = sorted(set(range(needs.nodes)) - {each.node for each in facts})
+    missing = sorted(set(needs.members) - {each.node for each in facts})
     problems = []
     if missing:
         cure = "see whether longskip supervise runs there, and whether it reaches node 0's store"

@@ -8,7 +8,7 @@ from longskip.engine.fitting import MARGIN, Free, Memory, readable
 from longskip.launcher.facts import Facts
 from longskip.launcher.needs import Needs
 from longskip.launcher.probes import PACKAGES
-from longskip.launcher.verdicts import Finding, Rule, Status, agree, named, unless
+from longskip.launcher.verdicts import Finding, Rule, Status, agree, differing, named, unless
 
 _SAME = "install the same versions on all nodes (pip install -c constraints.txt)"
 
@@ -20,10 +20,11 @@ def _python(facts: Sequence[Facts], needs: Needs) -> Iterable[Finding]:
         if version and _numbers(version) < (3, 10):
             seen = f"{version} on {named([each.node])}"
             problems.append(Finding("python", "failed", seen, "3.10 or newer", "install a newer Python", (each.node,)))
-    minor = agree(facts, "python", lambda f: _minor(f.of("software").get("python")), _SAME)
-    exact = agree(facts, "python", lambda f: f.of("software").get("python"), _SAME, "warning")
+    minor = differing(facts, lambda f: _minor(f.of("software").get("python")))
+    status: Status = "failed" if minor else "warning"
+    problems += agree(facts, "python", lambda f: f.of("software").get("python"), _SAME, status)
     first = facts[0].of("software").get("python", "unknown") if facts else "unknown"
-    yield from unless(problems + (minor or exact), "python", str(first), "the same, 3.10 or newer")
+    yield from unless(problems, "python", str(first), "the same, 3.10 or newer")
 
 
 def _minor(version: object) -> str | None:
@@ -96,7 +97,11 @@ def _configuration(facts: Sequence[Facts], needs: Needs) -> Iterable[Finding]:
         for nodes, keys in groups.items()
     ]
     problems += agree(
-        facts, "configuration", lambda f: f.of("software").get("deepspeed"), cure, prefix="deepspeed.config's file is "
+        [each for each in facts if "deepspeed" in each.of("software")],
+        "configuration",
+        lambda f: f.of("software")["deepspeed"] or "none",
+        cure,
+        prefix="deepspeed.config's file is ",
     )
     yield from unless(problems, "configuration", f"{len(keys)} settings", "the same on all nodes")
 

@@ -138,9 +138,6 @@ def _ports(facts: Sequence[Facts], needs: Needs) -> Iterable[Finding]:
     problems = []
     for each in facts:
         found = each.of("reach")
-        for port, why in found.get("taken", {}).items():
-            cure = "end what listens there (ss -ltnp), or choose another port"
-            problems.append(_of(each, "ports", f"port {port} on {named([each.node])}: {why}", "free on node 0", cure))
         if found.get("error"):
             seen, cure = f"{found['error']} on {named([each.node])}", "name an address of that node: --bind"
             problems.append(_of(each, "ports", seen, "an address to listen at", cure))
@@ -220,7 +217,7 @@ def _interconnect(facts: Sequence[Facts], needs: Needs) -> Iterable[Finding]:
     if not found:
         return
     slowest = min(each["busbw"] for each in found.values())
-    latency = max(each["latency"] for each in found.values())
+    latency = max(each.get("latency", 0.0) for each in found.values())
     backend = next(iter(found.values())).get("backend")
     seen = f"{slowest / 1e9:.3g} GB/s busbw, {latency * 1e6:,.0f} µs, {backend}"
     limit, problems = "", []

@@ -22,6 +22,7 @@ Compute = Literal["exact", "6nd"]
 LossOf = Literal["train", "validation"]
 
 COLUMNS = ("flops", "params", "tokens", "loss")
+LEAST, MOST = 1e-30, 1e60  # of any number in a table: products of three are still numbers
 USUAL_6ND = (0.5, 3.0)  # C ÷ 6ND: below it forward passes alone, above it attention over very long sequences
 _EMA = 0.9  # of the loss over intervals, as arXiv 2410.08184 smooths it
 # What may differ between the runs of one fit: how large the model is, how long it trains, and how it is carried out.
@@ -86,9 +87,10 @@ def _row(path: Path, line: int, row: Mapping[str, Any], titles: Mapping[str, str
             value = float(str(text).replace("_", ""))
         except ValueError:
             value = math.nan
-        if not math.isfinite(value) or value <= 0:
+        if not LEAST <= value <= MOST:  # nor is NaN
             raise ConfigError(
-                f"{path}, line {line}: {name} = {text!r} is not a positive number", cure="mend or remove that line"
+                f"{path}, line {line}: {name} = {str(text)[:80]!r} is not a positive number ({LEAST:g} to {MOST:g})",
+                cure="mend or remove that line",
             )
         values[name] = value
     values.setdefault("flops", 6 * values["params"] * values["tokens"])

@@ -355,7 +355,7 @@ def load_law(path: str | os.PathLike[str]) -> Law:
         raise ConfigError(
             f"{file} does not exist", cure="longskip budget fit … --out FOLDER writes law.json"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file} cannot be read as JSON or YAML: {error}", cure="see load_law's form") from error
     if isinstance(body, Mapping) and isinstance(body.get("law"), Mapping):
         body = body["law"]  # the whole output of ``budget fit --json``

@@ -262,7 +262,7 @@ def _mean_over_time(pairs: Iterable[tuple[float | None, float]]) -> float | None
 def _object(raw: bytes) -> dict[str, Any] | None:
     try:
         body = json.loads(raw, parse_int=_integer)
-    except ValueError:  # also UnicodeDecodeError: the line was cut or overwritten
+    except (ValueError, RecursionError):  # also UnicodeDecodeError: the line was cut or overwritten
         return None
     return body if isinstance(body, dict) else None
 

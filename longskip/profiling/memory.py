@@ -73,7 +73,7 @@ class RankMemory:
     (from the backward pass to the step), ``masters``, ``moments``, ``ema``, ``bucket`` (of stage 3, or what gradients pass
     through on their way to the host). ``host``: all that is put off to host memory. ``activations``: of one micro-batch;
     ``text``: what the word encoder keeps of it. ``backward``, ``reduce``, ``step``: the three moments of which the worst
-    is the ``peak``.
+    is the ``peak``. ``owned``: elements of the states that are its own, padding included.
     """
 
     weights: int
@@ -89,6 +89,7 @@ class RankMemory:
     backward: Moment
     reduce: Moment
     step: Moment
+    owned: int
 
     @property
     def states(self) -> int:
@@ -224,8 +225,9 @@ def _laid_out(
     at_step = (small, 0) if small > flat + converted else (0, flat + converted)
     step = Moment(weights, at_step[0], gradients, states, 0, standing_bucket + at_step[1])
     return RankMemory(
-        weights, small, gradients, masters, moments, ema, standing_bucket, host, passes, text, backward, reduce, step
-    )
+        weights, small, gradients, masters, moments, ema, standing_bucket, host, passes, text, backward, reduce, step,
+        share.owned,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=512)

@@ -16,11 +16,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from longskip.errors import RunFolderError
+from longskip.errors import ConfigError, RunFolderError
 from longskip.profiling.ledger import LedgerFile, Sums, json_rows, sums
 from longskip.profiling.ledger import read as read_ledger
+from longskip.profiling.yamlfiles import read_yaml
 
 _MARKS = ("run.json", "config.yaml", "metrics.jsonl", "ledger.jsonl")
 _STEP = re.compile(r"step-(\d+)")
@@ -89,16 +88,9 @@ class RunLog:
         if not file.is_file():
             return {}
         try:
-            body = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RunFolderError(f"{file} is no YAML: {error}", cure="restore the file from a backup") from error
-        if body is None:
-            return {}
-        if not isinstance(body, dict):
-            raise RunFolderError(
-                f"{file} holds a {type(body).__name__}, not a mapping of groups", cure="restore it from a backup"
-            )
-        return body
+            return read_yaml(file, "configuration")
+        except ConfigError as error:
+            raise RunFolderError(error.message, cure="restore the file from a backup") from error
 
     @cached_property
     def environment(self) -> dict[str, Any]:
@@ -204,7 +196,7 @@ def _load_object(file: Path) -> dict[str, Any]:
         return {}
     try:
         body = json.loads(file.read_bytes())
-    except ValueError:  # a crash can leave such a file half written; the run is readable without it
+    except (ValueError, RecursionError):  # a crash can leave such a file half written; the run is readable without it
         return {}
     return body if isinstance(body, dict) else {}
 

@@ -32,7 +32,9 @@ class _Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             raise ConfigError(f"{where}: YAML aliases are not allowed", cure="write the value out")
         if self.depth > MAX_DEPTH:
-            raise ConfigError(f"{where}: nested deeper than {MAX_DEPTH}", cure="groups and their keys need two or three")
+            raise ConfigError(
+                f"{where}: nested deeper than {MAX_DEPTH}", cure="groups and their keys need two or three"
+            )
         self.count += 1
         if self.count > MAX_VALUES:
             raise ConfigError(f"{where}: more than {MAX_VALUES} values and keys", cure="write fewer")
@@ -47,7 +49,9 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
             mark = key_node.start_mark
             if not isinstance(key, str):
-                raise ConfigError(f"{mark.name}:{mark.line + 1}: key {str(key)[:80]!r} is no text", cure="keys are words")
+                raise ConfigError(
+                    f"{mark.name}:{mark.line + 1}: key {str(key)[:80]!r} is no text", cure="keys are words"
+                )
             if key in seen:
                 raise ConfigError(f"{mark.name}:{mark.line + 1}: key {key!r} stands twice", cure="keep one of them")
             seen.add(key)

@@ -62,3 +62,30 @@ def test_what_was_spent_stands_beside_6nd(tmp_path: Path) -> None:
     assert "C 3.00e+12 (0.750 of 6ND)  eta 0:01" in (tmp_path / "logs" / "rank-0.log").read_text()
     board = b"".join(path.read_bytes() for path in (tmp_path / "events").iterdir())
     assert b"flops/model_over_6nd" in board
+
+
+def test_an_interval_without_a_finite_loss_has_none(tmp_path: Path) -> None:
+    meter = Meter(device_name="cpu")
+    meter.add(images=1, image_tokens=1, tokens=1, model_flops=5, hardware_flops=6, six_nd=7)
+    metrics = Metrics(tmp_path, main=True, attempt=1, steps=10, start=0, tensorboard=False)
+    metrics.interval(meter.interval(), VALUES | {"loss": None, "grad_norm": None, "skipped": 2}, 1.0)
+    metrics.rewind(2, 0)
+    metrics.record(1, {})
+    metrics.close()
+    row, again = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert "loss/global_avg" not in row and "grad_norm" not in row and row["skipped_steps"] == 2
+    assert "loss –  lr 1.00e-03  norm –" in (tmp_path / "logs" / "rank-0.log").read_text()
+    assert (row["attempt"], again["attempt"]) == (1, 2)
+
+
+def test_what_tensorboard_has_past_a_rollback_is_dropped(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    metrics = Metrics(tmp_path, main=True, attempt=1, steps=10, start=0, tensorboard=True)
+    for step in (1, 2, 3):
+        metrics.record(step, {"value": float(step)})
+    metrics.rewind(2, 1)
+    metrics.record(2, {"value": 20.0})
+    metrics.close()
+    board = EventAccumulator(str(tmp_path / "events")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("value")] == [(1, 1.0), (2, 20.0)]

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from longskip.engine import checkpoint
+from longskip.engine import checkpoint, fused_step
 from longskip.engine.config import Config
 from longskip.engine.faults import VARIABLE
+from longskip.engine.identity import differing_keys
 from longskip.engine.optim import ema_decay, learning_rate
-from longskip.errors import NonFiniteLossError
+from longskip.errors import ConfigError, NonFiniteLossError
 from longskip.profiling import ledger
 from tests.engine.test_resume import assert_same_run
 from tests.engine.test_training import bare_loop, losses, weights
@@ -108,6 +109,24 @@ def test_at_every_stage(shapes: Path, tmp_path: Path, stage: int, dtype: str) ->
     if stage == 3:
         cases.append(case(shapes, stage, dtype, "flat", offload_optimizer="cpu", offload_param="cpu"))
     assert run_ranks(2, _guarded_and_by_hand, cases, tmp_path) == [0, 0]
+
+
+@pytest.mark.slow
+def test_with_the_clip_taken_out_of_deepspeed(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the optimizer's kernel clips and writes the bf16 shards."""
+    monkeypatch.setattr(fused_step, "wanted", lambda device: True)
+    cases = [case(shapes, stage, "bf16", "flat") for stage in (1, 2, 3)]
+    assert run_ranks(2, _guarded_and_by_hand, cases, tmp_path) == [0, 0]
+
+
+def test_what_is_done_about_bad_steps_may_change_on_a_resume(shapes: Path) -> None:
+    was = small_config(shapes)
+    now = small_config(shapes, train={"not_finite": "stop", "spikes": "rollback", "spike_factor": 9, "digest_every": 7})
+    assert differing_keys(was, now) == {}
+    assert differing_keys(was, small_config(shapes, train={"not_finite_limit": 9})) == {}
+    for idle in ({"not_finite": "stop", "not_finite_limit": 5}, {"spikes": "off", "spike_factor": 5}):
+        with pytest.raises(ConfigError, match="has no effect"):
+            small_config(shapes, train=idle)
 
 
 def lines(file: Path) -> list[dict[str, Any]]:

@@ -27,8 +27,9 @@ KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
 STEPS = 9
 
 
-def config_of(shapes: Path) -> Config:
-    return small_config(shapes, train={"steps": STEPS}, checkpoint={"every": 3, "keep_last": 2}, logging={"every": 2})
+def config_of(shapes: Path, *, background: bool = True) -> Config:
+    group = {"every": 3, "keep_last": 2, "background": background}
+    return small_config(shapes, train={"steps": STEPS}, checkpoint=group, logging={"every": 2})
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +99,11 @@ def test_killed_and_started_again(shapes: Path, straight: Path, tmp_path: Path, 
 def test_a_signal_saves_and_the_same_command_goes_on(
     shapes: Path, straight: Path, tmp_path: Path, fault: str, saved: int
 ) -> None:
-    """SIGTERM to one rank at any place: all ranks save at the same step's end and exit 75; nothing differs afterwards."""
-    run, config = tmp_path / "run", config_of(shapes)
+    """SIGTERM to one rank at any place: all ranks save at the same step's end and exit 75; nothing differs afterwards.
+
+    Where the place is in a save it is one in the foreground: a thread that writes meets no particular step.
+    """
+    run, config = tmp_path / "run", config_of(shapes, background=fault.startswith("step."))
     assert train_ranks(2, config, run, fault) == [EXIT_SAVED, EXIT_SAVED]
     assert checkpoint.steps_in(run / "checkpoints")[-1].name == f"step-{saved:08d}"
     assert json.loads((run / "run.json").read_text())["status"] == "saved"

@@ -17,11 +17,13 @@ from longskip.engine.config import Config
 from longskip.engine.data.plan import Plan
 from longskip.errors import SpikeError
 from longskip.profiling import ledger
+from tests.engine import test_opening
 from tests.engine.test_numbers import lines, tensors
 from tests.engine.test_training import losses
 from tests.ranks import run_ranks, small_config
 
 STEPS, COMMIT, ODD = 9, 4, 7  # the step whose loss jumps lies three behind the commit
+of_three_aspects = test_opening.mixed_aspects  # a fixture
 finite = st.floats(-1e6, 1e6, allow_nan=False)
 
 
@@ -45,17 +47,17 @@ def test_outliers_do_not_hide_the_next_one() -> None:
     calm = [1.0 + 0.01 * (-1) ** i for i in range(108)]
     noisy = [*calm, *[50.0] * 20]
     assert spikes.judge(3.0, noisy, 20.0) is not None
-    assert 3.0 < np.mean(noisy) + 20 * np.std(noisy)
+    assert np.mean(noisy) + 20 * np.std(noisy) > 3.0
     assert spikes.judge(1.1, noisy, 20.0) is None
 
 
-def odd_sample(job: Any, batch: int, factor: float = 1000.0) -> None:
-    """From now on one sample of global batch ``batch``, and whatever it is in, has a loss that is larger by ``factor``."""
-    sample = int(Plan(300, 8, 3).batch_at(batch)[1][5])
+def odd_batches(job: Any, *batches: int) -> None:
+    """From now on a sample of each of these global batches has a loss a million times as large."""
+    odd = {int(job.reader.plan.batch_at(batch)[1][5]) for batch in batches}
     backward, loss = job._backward, job.objective.loss
 
     def _backward(micro: Any) -> torch.Tensor:
-        grown = factor if sample in micro.samples.tolist() else 1.0
+        grown = torch.tensor([1e6 if sample in odd else 1.0 for sample in micro.samples.tolist()])
         object.__setattr__(job.objective, "loss", lambda *given: loss(*given) * grown)
         return backward(micro)  # type: ignore[no-any-return]
 
@@ -85,7 +87,7 @@ def _rolled_back_and_by_hand(configs: list[Config], folder: Path) -> None:
         straight = prepare(config, folder / f"straight-{number}", world)
         by_hand(straight)
         job = prepare(config, folder / f"run-{number}", world)
-        odd_sample(job, ODD - 1)
+        odd_batches(job, ODD - 1)
         assert fit(job) == 0
         assert job.state.to_json() == straight.state.to_json()
         assert job.state.cursor.skipped == (((ODD - 1) * 8, ODD * 8),) and job.state.images == STEPS * 8
@@ -133,6 +135,14 @@ def test_rolled_back_at_every_stage(shapes: Path, tmp_path: Path, soon: None, dt
     assert run_ranks(2, _rolled_back_and_by_hand, cases, tmp_path) == [0, 0]
 
 
+@pytest.mark.slow
+def test_rolled_back_in_buckets(of_three_aspects: Path, tmp_path: Path, soon: None) -> None:
+    """A batch of one bucket is left out whole: those behind it keep theirs, and their costs."""
+    config = config_of(of_three_aspects, "rollback")
+    data = config.data.model_copy(update={"buckets": test_opening.SIZES})
+    assert run_ranks(2, _rolled_back_and_by_hand, [config.model_copy(update={"data": data})], tmp_path) == [0, 0]
+
+
 def _always(config: Config, run: Path) -> None:
     """The loss jumps at step 7 whatever its batch."""
     from longskip.engine.distributed import join
@@ -140,8 +150,7 @@ def _always(config: Config, run: Path) -> None:
     from longskip.engine.trainer import fit
 
     job = prepare(config, run, join())
-    for batch in range(ODD - 1, ODD + 9):
-        odd_sample(job, batch)
+    odd_batches(job, *range(ODD - 1, ODD + 9))
     with pytest.raises(SpikeError, match=r"jumped at step 7, after 3 rollbacks to .*step-00000004") as met:
         fit(job)
     assert met.value.alike and met.value.final
@@ -163,8 +172,7 @@ def _noted(config: Config, run: Path, batches: list[int]) -> None:
     from longskip.engine.trainer import fit
 
     job = prepare(config, run, join())
-    for batch in batches:
-        odd_sample(job, batch)
+    odd_batches(job, *batches)
     assert fit(job) == 0
     job.close("done")
 

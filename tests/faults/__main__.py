@@ -70,7 +70,9 @@ def _run(chosen: list[Fault], jobs: int, *, quiet: bool) -> list[dict[str, Any]]
     for fault in chosen:
         outcomes = [outcome for test in fault.tests for outcome in session.of(test)]
         missing = [test for test in fault.tests if not session.of(test)]
-        wrong = [f"{o.test} {o.status}: {o.message.strip()[-1500:]}" for o in outcomes if o.status in ("failed", "error")]
+        wrong = [
+            f"{o.test} {o.status}: {o.message.strip()[-1500:]}" for o in outcomes if o.status in ("failed", "error")
+        ]
         wrong += [f"{o.test} was skipped: {o.message.strip()[:200]}" for o in outcomes if o.status == "skipped"]
         wrong += [f"{test} did not run" for test in missing] or ([] if fault.tests else ["no test is named"])
         result = "missing" if missing or not fault.tests else summary(outcomes)
@@ -148,7 +150,11 @@ def _print(rows: list[dict[str, Any]], seconds: float, defences: bool) -> None:
         good = row["result"] in ("passed", "seen", "listed")
         what = row["defence"] if "defence" in row else f"{row['passed']}/{row['ran']}" if "ran" in row else _names(row)
         table.add_row(
-            str(row["number"]), row["fault"], what, f"[{'green' if good else 'red'}]{row['result']}", f"{row['seconds']:.0f}"
+            str(row["number"]),
+            row["fault"],
+            what,
+            f"[{'green' if good else 'red'}]{row['result']}",
+            f"{row['seconds']:.0f}",
         )
     console.print(table)
     for row in rows:

@@ -12,11 +12,23 @@ from pathlib import Path
 from tests.faults.running import Outcome, environment, run_tests
 
 ROOT = Path(__file__).resolve().parents[2]
-LEFT_OUT = (".venv", ".git", ".hypothesis", ".mypy_cache", ".ruff_cache", ".pytest_cache", "__pycache__", "runs", "*.egg-info")
+LEFT_OUT = (
+    ".venv",
+    ".git",
+    ".hypothesis",
+    ".mypy_cache",
+    ".ruff_cache",
+    ".pytest_cache",
+    "__pycache__",
+    "runs",
+    "*.egg-info",
+)
 SECONDS = 420.0  # for the tests of one defence
 
 # A patch that breaks the program proves nothing: these are what a slip in it looks like, wherever it comes up.
-SLIPS = re.compile(r"^(?:E\s+)?(SyntaxError|IndentationError|NameError|UnboundLocalError|ImportError|ModuleNotFoundError)\b.*", re.M)
+SLIPS = re.compile(
+    r"^(?:E\s+)?(SyntaxError|IndentationError|NameError|UnboundLocalError|ImportError|ModuleNotFoundError)\b.*", re.M
+)
 
 
 @dataclass(frozen=True)
@@ -115,7 +127,9 @@ class Copy:
                 check=True,
                 timeout=120,
             )
-            outside = [line for line in ran.stdout.split() if not Path(line).resolve().is_relative_to(self.folder.resolve())]
+            outside = [
+                line for line in ran.stdout.split() if not Path(line).resolve().is_relative_to(self.folder.resolve())
+            ]
             if outside:
                 raise RuntimeError(f"the copy in {self.folder} imports {outside[0]}, not its own modules")
 
@@ -142,7 +156,9 @@ def _why_not(outcomes: tuple[Outcome, ...], output: str, timed_out: bool) -> str
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     if not failed:
         broken = [outcome for outcome in outcomes if outcome.status == "error"]
-        return f"{broken[0].test} could not be set up:\n{broken[0].message[-2000:]}" if broken else "its tests still pass"
+        return (
+            f"{broken[0].test} could not be set up:\n{broken[0].message[-2000:]}" if broken else "its tests still pass"
+        )
     for outcome in failed:
         slip = SLIPS.search(outcome.message) or SLIPS.search(outcome.output)
         if slip is None:

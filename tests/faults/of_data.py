@@ -43,7 +43,9 @@ DATA_FAULTS = (
                         "        if size - end < _END or any(data[end : end + _END]):\n",
                         "        if False:\n",
                     ),
-                    Patch("longskip/engine/data/index.py", '        if data[end:].strip(b"\\0"):\n', "        if False:\n"),
+                    Patch(
+                        "longskip/engine/data/index.py", '        if data[end:].strip(b"\\0"):\n', "        if False:\n"
+                    ),
                 ),
             ),
             Defence(
@@ -52,7 +54,7 @@ DATA_FAULTS = (
                 (
                     Patch(
                         "longskip/engine/data/sources.py",
-                        "            if len(data) == size and crc32(data) == row[f\"{kind}_crc32\"]:\n",
+                        '            if len(data) == size and crc32(data) == row[f"{kind}_crc32"]:\n',
                         "            if len(data) == size:\n",
                     ),
                 ),
@@ -168,7 +170,13 @@ DATA_FAULTS = (
             Defence(
                 "a key stands once",
                 (f"{INDEX}::test_duplicates_are_refused",),
-                (Patch("longskip/engine/data/index.py", "                if key in seen:\n", "                if False:\n"),),
+                (
+                    Patch(
+                        "longskip/engine/data/index.py",
+                        "                if key in seen:\n",
+                        "                if False:\n",
+                    ),
+                ),
             ),
             Defence(
                 "what looks like a URL or a pipe is no file",
@@ -227,7 +235,7 @@ DATA_FAULTS = (
             Defence(
                 "keys that no group has are refused",
                 (f"{WRONG}::test_refused_before_any_process_group[unknown key]",),
-                (Patch("longskip/engine/config.py", 'extra="forbid"', 'extra="ignore"'),),
+                (Patch("longskip/engine/fields.py", 'extra="forbid"', 'extra="ignore"'),),
             ),
             Defence(
                 "a key stands once",
@@ -248,14 +256,20 @@ DATA_FAULTS = (
             Defence(
                 "YAML is loaded by a loader without Python's tags",
                 (f"{WRONG}::test_refused_before_any_process_group[python tag]",),
-                (Patch("longskip/profiling/yamlfiles.py", "class _Loader(yaml.SafeLoader):", "class _Loader(yaml.UnsafeLoader):"),),
+                (
+                    Patch(
+                        "longskip/profiling/yamlfiles.py",
+                        "class _Loader(yaml.SafeLoader):",
+                        "class _Loader(yaml.UnsafeLoader):",
+                    ),
+                ),
             ),
             Defence(
                 "numbers are finite",
                 (f"{WRONG}::test_refused_before_any_process_group[infinite]",),
                 (
                     Patch(
-                        "longskip/engine/config.py",
+                        "longskip/engine/fields.py",
                         "Above = Annotated[float, BeforeValidator(_number), Field(gt=0.0, allow_inf_nan=False)]",
                         "Above = Annotated[float, BeforeValidator(_number), Field(gt=0.0)]",
                     ),

@@ -38,7 +38,9 @@ class Session:
 
     def of(self, node: str) -> list[Outcome]:
         """The outcomes of a test, of all its parameters where ``node`` names none."""
-        return [o for o in self.outcomes if o.test == node or (not node.endswith("]") and o.test.startswith(f"{node}["))]
+        return [
+            o for o in self.outcomes if o.test == node or (not node.endswith("]") and o.test.startswith(f"{node}["))
+        ]
 
 
 def environment(tree: Path) -> dict[str, str]:
@@ -50,7 +52,13 @@ def environment(tree: Path) -> dict[str, str]:
 
 
 def run_tests(
-    tests: Iterable[str], tree: Path, *, jobs: int = 1, seconds: float = 1200, stop_at_first: bool = False, show: bool = False
+    tests: Iterable[str],
+    tree: Path,
+    *,
+    jobs: int = 1,
+    seconds: float = 1200,
+    stop_at_first: bool = False,
+    show: bool = False,
 ) -> Session:
     """Run the named tests of ``tree``, with what they leave ended and removed; ``show`` passes pytest's progress on."""
     with tempfile.TemporaryDirectory(prefix="longskip-faults-") as folder:
@@ -108,7 +116,9 @@ def _outcomes(report: Path) -> tuple[Outcome, ...]:
                 status, message = named, f"{element.get('message', '')}\n{element.text or ''}"  # type: ignore[assignment]
         module, name = case.get("classname", ""), case.get("name", "")
         test = f"{module.replace('.', '/')}.py::{name}" if module else name
-        output = "\n".join(element.text or "" for kind in ("system-out", "system-err") for element in case.findall(kind))
+        output = "\n".join(
+            element.text or "" for kind in ("system-out", "system-err") for element in case.findall(kind)
+        )
         found.append(Outcome(test, status, float(case.get("time", 0)), message, output))
     return tuple(found)
 

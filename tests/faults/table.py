@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.faults.of_checkpoints import CHECKPOINT_FAULTS
 from tests.faults.of_data import DATA_FAULTS
 
-FAULTS = tuple(sorted(DATA_FAULTS, key=lambda fault: fault.number))
+FAULTS = (*CHECKPOINT_FAULTS, *DATA_FAULTS)

@@ -181,7 +181,9 @@ def test_broken_samples_are_skipped_with_their_reasons(mixed: Path, tmp_path: Pa
     assert all(told[f"bad-{name}"] in reasons for name, (_, reasons) in BROKEN.items()), told
     assert counted(tmp_path / "run") == len(BROKEN)
     assert all(np.isfinite(loss) for loss in losses(tmp_path / "run").values())
-    figure(f"reasons {dict(Counter(told.values()))}; peak memory of a rank {peaks[1]:.0f} MiB, {peaks[0]:.0f} without them")
+    figure(
+        f"reasons {dict(Counter(told.values()))}; peak memory of a rank {peaks[1]:.0f} MiB, {peaks[0]:.0f} without them"
+    )
     assert peaks[1] < peaks[0] + 60  # the bomb alone would take 231 MiB
 
 

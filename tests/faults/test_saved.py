@@ -87,7 +87,7 @@ def test_one_flipped_bit_in_any_file(unbroken: Path, tmp_path: Path, name: str) 
 
 
 def test_no_bit_of_the_manifest_can_flip_unnoticed(unbroken: Path, tmp_path: Path) -> None:
-    """Every byte of it in turn; a flip is refused, or leaves a manifest that says the same."""
+    """Every byte of it in turn; a flip is refused, or leaves a manifest that says the same of everything."""
     newest = _damaged(unbroken, tmp_path / "run")
     path = newest / "manifest.json"
     whole, plain = path.read_bytes(), json.loads(path.read_bytes())
@@ -96,12 +96,11 @@ def test_no_bit_of_the_manifest_can_flip_unnoticed(unbroken: Path, tmp_path: Pat
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         try:
             said = checkpoint.read_manifest(newest)
-            if said["files"] != plain["files"]:
-                said = checkpoint.verify(newest)
+            if any(said.get(part) != value for part, value in plain.items() if part != "sha256"):
+                checkpoint.verify(newest)
+                unnoticed.append(whole[max(0, place - 20) : place + 5].decode())
         except CheckpointError:
             continue
-        if said != plain:
-            unnoticed.append(whole[max(0, place - 20) : place + 5].decode())
     figure(f"manifest of {len(whole)} bytes, one bit flipped in each in turn: {len(unnoticed)} unnoticed")
     assert not unnoticed, unnoticed[:5]
 
@@ -147,6 +146,7 @@ def test_other_numbers_of_ranks_read_the_same_samples(
     shapes: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, first: int, then: int
 ) -> None:
     """The same ids in the same global batches; losses within 1e-6 relative."""
+
     def config(steps: int) -> Any:
         return small_config(shapes, train={"steps": steps, "micro_batch": 2}, checkpoint={"every": 5})
 
@@ -184,6 +184,7 @@ def test_a_pickle_under_a_matching_manifest_is_not_unpickled(
     else:
         (newest / place).write_bytes(hostile)
         manifest = json.loads((newest / "manifest.json").read_text())
+        del manifest["sha256"]  # as from before manifests named their own; a stranger might as well write the right one
         manifest["files"][place] = {"bytes": len(hostile), "sha256": hashlib.sha256(hostile).hexdigest()}
         (newest / "manifest.json").write_text(json.dumps(manifest))
     longer = small_config(shapes, train={"steps": 10}, checkpoint={"every": 3, "keep_last": 2}, logging={"every": 2})

@@ -21,7 +21,10 @@ WRONG = {
     "not a number": ("optim: {lr: .nan}", ["optim.lr", "nan"]),
     "infinite": ("optim: {clip: .inf}", ["optim.clip", "finite", "inf"]),
     "word for a number": ("optim: {lr: fast}", ["optim.lr", "fast"]),
-    "indivisible batch": ("data: {path: .}\ntrain: {batch_size: 8}", ["train.batch_size 8", "3 rank(s)", "[1, 2, 4, 8]"]),
+    "indivisible batch": (
+        "data: {path: .}\ntrain: {batch_size: 8}",
+        ["train.batch_size 8", "3 rank(s)", "[1, 2, 4, 8]"],
+    ),
     "depth": ("a: " + "[" * 5000, ["nested deeper", "32"]),
 }
 CODE = (
@@ -46,7 +49,7 @@ def test_refused_before_any_process_group(tmp_path: Path, what: str) -> None:
             env=os.environ | world | {"RANK": rank},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=30,
         )
         assert ran.returncode == 2, ran.stderr
     assert "Traceback" not in ran.stderr
@@ -65,7 +68,7 @@ def test_a_number_that_yaml_reads_as_text_is_the_number(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=30,
     )
     assert shown.returncode == 0, shown.stderr
     assert "lr: 0.0001" in shown.stdout

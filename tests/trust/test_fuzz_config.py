@@ -84,7 +84,9 @@ def test_every_snippet_at_some_keys(sandbox: Sandbox, snippet: str) -> None:
     sandbox.run("load", (snippet.encode("utf-8", "surrogatepass"), []))
 
 
-BOMB = "a: &a [x, x]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(20))
+BOMB = "a: &a [x, x]\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(20)
+)
 REFUSED = {
     "alias bomb": (BOMB, "aliases are not allowed"),
     "python tag": ("optim: !!python/object/apply:os.system ['touch executed']", "tag:yaml.org,2002:python"),

@@ -16,7 +16,15 @@ from safetensors.numpy import save
 
 from longskip.engine import checkpoint
 from longskip.engine.config import TextGroup, VaeGroup
-from longskip.engine.encoderfiles import check_text, check_vae, text_files, text_group, vae_files, vae_group, vocabulary_size
+from longskip.engine.encoderfiles import (
+    check_text,
+    check_vae,
+    text_files,
+    text_group,
+    vae_files,
+    vae_group,
+    vocabulary_size,
+)
 from longskip.engine.initial import spec_of_metadata
 from longskip.engine.inventory import inventory, verify_checkpoints
 from longskip.engine.job import LoopState
@@ -154,7 +162,9 @@ def test_manifests_of_any_bytes(sandbox: Sandbox, cases: int) -> None:
 
 @pytest.mark.parametrize("cases", CASES)
 def test_manifests_with_odd_values(sandbox: Sandbox, cases: int) -> None:
-    fuzz(2 * cases, altered(manifest(FILES)), lambda told: sandbox.run("checkpoint", (json.dumps(told).encode(), FILES)))
+    fuzz(
+        2 * cases, altered(manifest(FILES)), lambda told: sandbox.run("checkpoint", (json.dumps(told).encode(), FILES))
+    )
 
 
 @pytest.mark.parametrize("cases", CASES)
@@ -243,7 +253,10 @@ def test_what_metadata_say_of_a_model(sandbox: Sandbox, cases: int) -> None:
 
 @pytest.mark.parametrize("cases", CASES)
 def test_indexes_of_safetensors(sandbox: Sandbox, cases: int) -> None:
-    tree = {"metadata": {"total_size": 4}, "weight_map": {"a": "x-00001-of-00002.safetensors", "b": "x-00002-of-00002.safetensors"}}
+    tree = {
+        "metadata": {"total_size": 4},
+        "weight_map": {"a": "x-00001-of-00002.safetensors", "b": "x-00002-of-00002.safetensors"},
+    }
 
     def check(data: Any) -> None:
         text = data if isinstance(data, bytes) else json.dumps(data).encode()

@@ -196,5 +196,7 @@ NAMES = st.sampled_from(["a.png", "a.txt", "a.json", "b.PNG", "b.jpg", "b/c.png"
 @pytest.mark.parametrize("cases", CASES)
 def test_folders(sandbox: Sandbox, cases: int) -> None:
     line = b'{"file_name": "a.png", "text": "x"}\n{"file_name": "../a.png"}\n{"file_name": "/etc/passwd", "captions": 1}\n[[\n'
-    contents = st.sampled_from([picture(0), picture(1, format="JPEG"), b"", b"a caption", b"\xff\xfe", line]) | damaged(line)
+    contents = st.sampled_from([picture(0), picture(1, format="JPEG"), b"", b"a caption", b"\xff\xfe", line]) | damaged(
+        line
+    )
     fuzz(cases, st.dictionaries(NAMES, contents, min_size=1, max_size=6), lambda case: sandbox.run("packed", case))

@@ -83,7 +83,8 @@ class Assembler:
     text features are read where ``n_txt`` is above 0, and captions are handed on as they are. ``crop`` is ``"centre"``
     or ``"random"``; ``flip`` mirrors half of the samples; both are of pictures. A caption past ``n_txt`` tokens
     makes a bad sample (``text_too_long``) when ``too_long`` is ``"error"``, and is cut when it is ``"truncate"``.
-    ``buckets`` are resolutions (H, W) that a call may name instead; the latents' shape goes along.
+    ``buckets`` are resolutions (H, W) that a call may name instead; the latents' shape goes along. ``quarantine``: samples
+    (int64, sorted) that are bad without being read, with the reason ``quarantined``.
 
     Raises ``ConfigError`` for impossible settings (``EncoderError`` for stored features of other shapes) and
     ``ShardError`` for features that contradict their index.
@@ -101,6 +102,7 @@ class Assembler:
     latent_shape: tuple[int, int, int] | None = None
     max_pixels: int = MAX_PIXELS
     buckets: tuple[tuple[int, int], ...] = ()
+    quarantine: np.ndarray | None = field(default=None, repr=False)
     buffers: Buffers = field(default_factory=Buffers, repr=False, compare=False)
     features: FeatureLayout | None = field(init=False, default=None)
     _empty: tuple[np.ndarray, np.ndarray] | None = field(init=False, default=None, repr=False)
@@ -191,6 +193,7 @@ class Assembler:
         count, layout = len(samples), self.features or FeatureLayout()
         conditions: dict[str, torch.Tensor] = {}
         into = FeatureBatch(None, None, None, [""] * count, [""] * count)
+        self._pass_over(samples, into)
         if layout.latent is not None:
             clean, filled = self.buffers.tensor((count, *layout.latent), layout.latent_dtype)
             into.latents = filled
@@ -253,10 +256,21 @@ class Assembler:
             times[i] = for_time.of(epoch, sample).standard_normal()
         return torch.from_numpy(times), tensor
 
+    def _pass_over(self, samples: np.ndarray, into: FeatureBatch) -> None:
+        """Marks the samples of the quarantine."""
+        if self.quarantine is None or not len(self.quarantine):
+            return
+        at = np.searchsorted(self.quarantine, samples).clip(max=len(self.quarantine) - 1)
+        for i in np.flatnonzero(self.quarantine[at] == samples).tolist():
+            into.keys[i] = self.source.key(int(samples[i]))
+            into.bad[i] = BadSampleError("quarantined", "on the list data.quarantine")
+
     def _decode(self, epochs: np.ndarray, samples: np.ndarray, pixels: np.ndarray, into: FeatureBatch) -> None:
         """Pictures to ``pixels`` (m, 3, H, W) in [-1, 1], their keys and captions to ``into``."""
         for_caption, for_flip, for_crop = (Draws(self.seed, purpose) for purpose in ("caption", "flip", "crop"))
         for i, (epoch, sample) in enumerate(zip(epochs.tolist(), samples.tolist(), strict=True)):
+            if i in into.bad:
+                continue
             try:
                 raw = self.source.read(sample)
                 into.keys[i] = raw.key

@@ -27,6 +27,7 @@ import numpy as np
 from longskip.engine.data.decode import picture_size
 from longskip.engine.data.hashes import file_sha256
 from longskip.engine.data.npy import MAX_HEADER, header_of
+from longskip.engine.secrets import hidden
 from longskip.errors import BadSampleError, ShardError
 
 VERSION = 1
@@ -125,7 +126,7 @@ def refuse_url(path: str | os.PathLike[str]) -> Path:
     text = os.fspath(path)
     if _URL.search(text):
         raise ShardError(
-            f"{text!r} looks like a URL or a pipe; only local files are read and no command is ever run",
+            f"{hidden(text)!r} looks like a URL or a pipe; only local files are read and no command is ever run",
             cure="copy the data to a local or mounted folder (a local name with a colon: write ./ before it)",
         )
     return Path(text)

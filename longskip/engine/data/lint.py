@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,7 @@ def lint(
     n_txt: int | None = None,
     max_pixels: int = MAX_PIXELS,
     progress: Callable[[int], None] | None = None,
+    bad: Callable[[dict[str, Any]], None] | None = None,
 ) -> LintReport:
     """Checks a folder of shards or of pictures: hashes, headers, every picture decoded, every caption read.
 
@@ -80,12 +81,13 @@ def lint(
     ``shard`` (missing, truncated, altered headers or table), ``shard_sha256``, ``table_sha256``,
     ``duplicate_key``, ``duplicate_image`` (the same bytes as an earlier picture), ``text_too_long`` (more than
     ``n_txt`` tokens of ``vocabulary``; without one, more than ``n_txt`` words). Duplicates can still be trained on and
-    count as good; samples of a shard that cannot be opened do not. Raises ``ShardError`` where there is no index to
-    check against, ``DataError`` where there are no data.
+    count as good; samples of a shard that cannot be opened do not. ``bad`` is called with ``{"key", "sample", "reason",
+    "detail"}`` of every sample that cannot be trained on, as ``data.quarantine`` takes them. Raises ``ShardError`` where
+    there is no index to check against, ``DataError`` where there are no data.
     """
     folder = refuse_url(path)
     report = LintReport(str(folder))
-    check = _Checks(report, vocabulary, n_txt, max_pixels, progress)
+    check = _Checks(report, vocabulary, n_txt, max_pixels, progress, bad)
     if folder.name == INDEX_NAME or (folder / INDEX_NAME).exists():
         _lint_shards(load_index(folder, check=False), check)
     elif folder.is_dir() and not any(folder.glob("*.tar")):
@@ -93,8 +95,8 @@ def lint(
         report.samples = len(entries) + len(problems)
         for problem in problems:
             report.add(*problem)
-        for entry in entries:
-            check.sample(entry.key, partial(read_entry, folder, entry))
+        for i, entry in enumerate(entries):
+            check.sample(entry.key, partial(read_entry, folder, entry), i)
         if not report.samples:
             open_source(folder)  # raises with the cure
     else:
@@ -106,7 +108,8 @@ def lint(
 def _lint_shards(index: Index, check: _Checks) -> None:
     report = check.report
     report.samples, report.shards = index.total, len(index.shards)
-    for shard in index.shards:
+    starts = accumulate((shard.count for shard in index.shards), initial=0)
+    for start, shard in zip(starts, index.shards, strict=False):
         try:
             check_shard(index.folder, shard)
         except ShardError as error:
@@ -123,7 +126,7 @@ def _lint_shards(index: Index, check: _Checks) -> None:
             report.add(shard.table, "table_sha256", error.message)
         source = ShardSource(Index(index.folder, (shard,)), on_damage="skip")
         for i in range(len(source)):
-            check.sample(source.key(i), partial(_read_shard, source, i))
+            check.sample(source.key(i), partial(_read_shard, source, i), start + i)
         source.close()
 
 
@@ -148,43 +151,49 @@ class _Checks:
         n_txt: int | None,
         max_pixels: int,
         progress: Callable[[int], None] | None,
+        bad: Callable[[dict[str, Any]], None] | None,
     ) -> None:
         self.report = report
         self.vocabulary = vocabulary
         self.n_txt = n_txt
         self.max_pixels = max_pixels
         self.progress = progress
+        self.bad = bad
         self.done = 0
         self.keys: set[bytes] = set()
         self.pictures: set[bytes] = set()
 
-    def sample(self, key: str, read: Callable[[], RawSample]) -> None:
-        faults = Counter(self.report.counts)
+    def sample(self, key: str, read: Callable[[], RawSample], number: int) -> None:
+        found: list[tuple[str, str]] = []
         if _seen(self.keys, key.encode("utf-8", "replace")):
-            self.report.add(key, "duplicate_key", "an earlier sample has the same key")
+            found.append(("duplicate_key", "an earlier sample has the same key"))
         try:
             sample = read()
-            self._captions(key, sample)
+            found += self._captions(sample)
             if sample.image and _seen(self.pictures, sample.image):
-                self.report.add(key, "duplicate_image", "an earlier picture has the same bytes")
+                found.append(("duplicate_image", "an earlier picture has the same bytes"))
             if sample.image:
                 decode_image(sample.image, resolution=(8, 8), max_pixels=self.max_pixels)
         except BadSampleError as error:
-            self.report.add(key, error.reason, error.message)
-        new = set((Counter(self.report.counts) - faults).keys())
-        self.report.good += not new - {"duplicate_key", "duplicate_image"}
+            found.append((error.reason, error.message))
+        for reason, detail in found:
+            self.report.add(key, reason, detail)
+        faults = [fault for fault in found if fault[0] not in ("duplicate_key", "duplicate_image")]
+        self.report.good += not faults
+        if faults and self.bad is not None:
+            self.bad({"key": key, "sample": number, "reason": faults[0][0], "detail": faults[0][1]})
         self.done += 1
         if self.progress is not None:
             self.progress(self.done)
 
-    def _captions(self, key: str, sample: RawSample) -> None:
+    def _captions(self, sample: RawSample) -> list[tuple[str, str]]:
         for text, _ in sample.captions:
             count = len(self.vocabulary.ids(text) if self.vocabulary is not None else split_words(text))
             self.report.longest_caption = max(self.report.longest_caption, count)
             if self.n_txt is not None and count > self.n_txt:
                 unit = "tokens" if self.vocabulary is not None else "words"
-                self.report.add(key, "text_too_long", f"{count} {unit}; the limit is {self.n_txt}")
-                return
+                return [("text_too_long", f"{count} {unit}; the limit is {self.n_txt}")]
+        return []
 
 
 def _seen(known: set[bytes], data: bytes) -> bool:

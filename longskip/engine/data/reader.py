@@ -72,6 +72,7 @@ class Reader:
         too_long: Literal["error", "truncate"] = "error",
         latent_shape: tuple[int, int, int] | None = None,
         max_pixels: int = MAX_PIXELS,
+        quarantine: np.ndarray | None = None,
         prefetch: int = PREFETCH,
         start_method: Literal["spawn", "forkserver"] = "spawn",
     ) -> None:
@@ -105,6 +106,7 @@ class Reader:
             latent_shape=latent_shape,
             max_pixels=max_pixels,
             buckets=plan.buckets,
+            quarantine=quarantine,
         )
         plan.slots(self.cursor, rank, world, micro, accumulation)  # refuses sizes that do not fit, before any work
         self._stream: _Threaded | Workers | None = None

@@ -24,6 +24,7 @@ from typing import IO, Any, Protocol
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from longskip.engine.data.index import INDEX_NAME
+from longskip.engine.secrets import hidden, holds_secret
 from longskip.errors import ConfigError, DataError, RemoteError, ShardError
 
 TRANSPORTS = ("fsspec", "webdataset")
@@ -66,10 +67,10 @@ def checked_url(url: str) -> str:
     Raises ``ShardError`` for ``pipe:`` URLs, for chains (``a::b``), and for what is no URL.
     """
     if re.match(r"\s*pipe:", url, re.IGNORECASE):
-        raise ShardError(f"{url!r} would run a command; pipes are never opened", cure="give an http(s):// or s3:// URL")
+        raise ShardError(f"{hidden(url)!r} would run a command; pipes are never opened", cure="give an http(s):// or s3:// URL")
     if not is_url(url) or "::" in url:
         raise ShardError(
-            f"{url!r} is not a URL of one folder of shards", cure="give scheme://host/folder, as in https:// or s3://"
+            f"{hidden(url)!r} is not a URL of one folder of shards", cure="give scheme://host/folder, as in https:// or s3://"
         )
     parts = urlsplit(url)
     return urlunsplit(parts._replace(path=parts.path.removesuffix("/" + INDEX_NAME).rstrip("/")))
@@ -239,6 +240,12 @@ class Transport:
                 f"GOPEN_REWRITE turns {shown(self.url)} into a command; pipes are never opened",
                 cure="unset GOPEN_REWRITE",
             )
+        if holds_secret(self.url):
+            raise ConfigError(
+                f"{shown(self.url)}: webdataset would put the password or signature of this URL on a command line, where "
+                "everybody on the machine reads it",
+                cure="set data.remote: fsspec",
+            )
         if gopen_schemes.get(self.scheme) is gopen_curl and not shutil.which("curl"):
             raise ConfigError(
                 f"webdataset reads {self.scheme}:// through curl, which is not there",
@@ -405,7 +412,7 @@ class _Download:
         status = getattr(cause, "status", None)
         if isinstance(status, int):
             return f"HTTP {status} {getattr(cause, 'message', '')}".strip()
-        return f"{type(cause).__name__}: {cause}".replace(self.url, shown(self.url)).removesuffix(": ")
+        return hidden(f"{type(cause).__name__}: {cause}".replace(self.url, shown(self.url))).removesuffix(": ")
 
 
 class _WriteError(Exception):

@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 JOBS ?= $(shell test "$$(nproc 2>/dev/null || echo 1)" -gt 1 && echo 2 || echo 1)
 PARALLEL := $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile)
 
-.PHONY: install demo test test-slow figures proofs lint clean
+.PHONY: install demo test test-slow faults soak figures proofs lint clean
 
 install: $(STAMP)
 
@@ -31,6 +31,16 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -q $(PARALLEL) -m "slow and not gpu"
+
+# the tests of the thirty faults, and a table; with DEFENCES=1 each defence is taken out and its tests must fail
+faults: install
+	$(BIN)/python -m tests.faults -j $(JOBS) $(if $(DEFENCES),--defences)
+
+# one run killed KILLS times at random, against the unbroken run (docs/results/soak.md)
+KILLS ?= 50
+SEED ?= 0
+soak: install
+	$(BIN)/python -m tests.soak --kills $(KILLS) --seed $(SEED) --out docs/results/soak
 
 # the figures that tests print (docs/results/main-job.md)
 figures: install

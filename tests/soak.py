@@ -30,7 +30,7 @@ from typing import Annotated, Any, Literal
 import psutil
 import typer
 
-from longskip.engine import checkpoint
+from longskip.engine import checkpoint, pulse
 from longskip.engine.configio import dump_yaml
 from longskip.engine.data.shapes import write_shapes
 from longskip.errors import EXIT_DONE, EXIT_SAVED
@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RANKS = 2
 EVERY = 10  # steps from commit to commit
 STEPS_PER_KILL = 40  # of the run: more than a kill costs, so that it does not end before the last one
-STEP_TIMEOUT = 10.0
+STEP_TIMEOUT = 15.0
 PATIENCE = 600.0  # of one wait of this program, on a busy machine
 KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
 COUNTS = ("steps", "images", "image_tokens", "tokens", "model_flops", "hardware_flops", "six_nd")
@@ -64,8 +64,9 @@ class Kill:
     aim: Aim
     signal: str
     rank: int
-    attempt: int
-    step: int  # the last one that the metrics tell
+    attempt: int  # the last one that had finished a step
+    phase: str  # of the rank when it got the signal, as its pulse tells
+    step: int  # the last one that it had finished, −1 before the first
     committed: int  # the newest step that lay there when all ranks of the attempt were gone
     saving: bool  # whether a checkpoint was being written
     recovery: float | None = None  # seconds from the signal to the next attempt's first finished step
@@ -172,7 +173,9 @@ class Soak:
         self.begin = time.monotonic()
         self.run, self.straight = Run(folder / "runs" / "soak"), Run(folder / "runs" / "straight")
         self.record = folder / "kills.jsonl"
-        self.kills = [Kill(**json.loads(line)) for line in self.record.read_text().splitlines()] if self.record.exists() else []
+        self.kills = (
+            [Kill(**json.loads(line)) for line in self.record.read_text().splitlines()] if self.record.exists() else []
+        )
         self.known = len(self.run.resumed())  # attempts whose start has been checked
         self.newest = self.run.committed()
         self.attempts_checked = 0
@@ -185,7 +188,7 @@ class Soak:
                 self.folder / "data",
                 train={"steps": STEPS_PER_KILL * self.wanted},
                 checkpoint={"every": EVERY},
-                launch={"step_timeout": STEP_TIMEOUT, "timeout_minutes": 1},
+                launch={"step_timeout": STEP_TIMEOUT},
             )
             (self.folder / "run.yaml").write_text(dump_yaml(config))
 
@@ -218,7 +221,9 @@ class Soak:
         """Aim, wait for the moment, send the signal, see the attempt gone and what it left."""
         number = len(self.kills)
         draw = random.Random(f"{self.seed}/{number}")
-        aims: list[Aim] = ["step", "save"] if not self.kills or self.kills[-1].aim == "start" else ["step", "save", "start"]
+        aims: list[Aim] = (
+            ["step", "save"] if not self.kills or self.kills[-1].aim == "start" else ["step", "save", "start"]
+        )
         aim = draw.choices(aims, [9, 9, 2][: len(aims)])[0]
         number_sent, victim, moment = draw.choice(SIGNALS), draw.randrange(RANKS), draw.random()
         ranks = wait_for("all ranks", lambda: len(found := command.ranks()) == RANKS and found, command)
@@ -229,15 +234,16 @@ class Soak:
             if aim == "save":
                 wait_for("a checkpoint in the making", self.run.saving, command)
             time.sleep(moment * (0.05 if aim == "save" else 0.5))
-        line, saving = self.run.last_line(), self.run.saving()
+        attempt, saving = int(self.run.last_line().get("attempt", 0)), self.run.saving()
         try:
+            beat = _beat(ranks[victim])
             ranks[victim].send_signal(number_sent)
-        except psutil.NoSuchProcess:
+        except (psutil.NoSuchProcess, FileNotFoundError):
             raise SoakError(f"rank {victim} of the attempt was gone before anybody killed it") from None
         sent = time.monotonic()
         wait_for("the end of the attempt's ranks", lambda: not any(_alive(p) for p in ranks.values()), command)
         kill = Kill(
-            number, sent - self.begin, aim, number_sent.name, victim, int(line.get("attempt", 0)), int(line.get("step", 0)),
+            number, sent - self.begin, aim, number_sent.name, victim, attempt, beat.phase, beat.finished,
             self.run.committed(), saving,
         )  # fmt: skip
         self._check_starts()
@@ -255,7 +261,9 @@ class Soak:
 
     def _recovered(self, command: Command, sent: float, kill: Kill) -> float:
         """Seconds from the signal to the first step that a later attempt has finished."""
-        wait_for("the next attempt's first step", lambda: self.run.last_line().get("attempt", 0) > kill.attempt, command)
+        wait_for(
+            "the next attempt's first step", lambda: self.run.last_line().get("attempt", 0) > kill.attempt, command
+        )
         return time.monotonic() - sent
 
     def _check_starts(self) -> None:
@@ -274,8 +282,8 @@ class Soak:
         per_kill = (time.monotonic() - self.begin) / done
         recovery = f"next step after {kill.recovery:.1f} s  " if kill.recovery is not None else ""
         self.say(
-            f"{done}/{self.wanted}  {kill.signal} to rank {kill.rank} at step {kill.step} "
-            f"({kill.aim}{', saving' if kill.saving else ''})  committed {kill.committed}  {recovery}"
+            f"{done}/{self.wanted}  {kill.signal} to rank {kill.rank} after step {kill.step} in {kill.phase!r}"
+            f"{' while saving' if kill.saving else ''}  committed {kill.committed}  {recovery}"
             f"about {per_kill * (self.wanted - done) / 60:.0f} min left"
         )
 
@@ -293,7 +301,9 @@ class Soak:
                 elements += count
         same["state.json (cursor, counters)"] = checkpoint.read_state(ours) == checkpoint.read_state(theirs)
         same["the loss of every step"] = self.run.losses() == self.straight.losses()
-        mine_sums, its_sums = (ledger.sums(ledger.read(run.path / "ledger.jsonl").entries) for run in (self.run, self.straight))
+        mine_sums, its_sums = (
+            ledger.sums(ledger.read(run.path / "ledger.jsonl").entries) for run in (self.run, self.straight)
+        )
         for count_ in COUNTS:
             same[f"committed {count_}"] = getattr(mine_sums.committed, count_) == getattr(its_sums.committed, count_)
         same["no step missing in the ledger"] = mine_sums.missing_steps == 0
@@ -316,6 +326,12 @@ def _same_tensors(mine: checkpoint.Archive, its: checkpoint.Archive, kind: Any) 
     return same, sum(tensor.numel() for tensor in b.values())
 
 
+def _beat(rank: psutil.Process) -> pulse.Beat:
+    """What a rank's pulse tells now, by its own open file."""
+    file = rank.environ()[pulse.VARIABLE].removeprefix("/dev/fd/")
+    return pulse.read(f"/proc/{rank.pid}/fd/{file}")
+
+
 def _alive(process: psutil.Process) -> bool:
     with suppress(psutil.Error):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
@@ -330,35 +346,53 @@ def markdown(result: dict[str, Any]) -> str:
     """The result for people."""
     same, kills = result["compared"]["same"], [Kill(**kill) for kill in result["kills"]]
     compared = result["compared"]
+    facts = (
+        f"{len(kills)} kills in {result['seconds'] / 60:.1f} minutes, the unbroken run beside it "
+        f"{result['straight_seconds']:.0f} s. {compared['steps']} steps committed, {compared['steps_spent']} executed in "
+        f"{compared['attempts']} attempts, a commit every {EVERY} steps; {compared['elements']:,} elements compared bit by bit. "
+        f"`launch.step_timeout` {STEP_TIMEOUT:.0f} s (a stopped rank is found after that), `launch.restarts` 3 as by default."
+    )
     lines = [
         "# Soak: one run, killed again and again", "",
-        f"`python -m tests.soak --kills {result['wanted']} --seed {result['seed']}` ({result['machine']}): "
-        f"{len(kills)} kills in {result['seconds'] / 60:.1f} minutes, the unbroken run beside it {result['straight_seconds']:.0f} s. "
-        f"{compared['steps']} steps committed, {compared['steps_spent']} executed in {compared['attempts']} attempts, "
-        f"a commit every {EVERY} steps; `launch.step_timeout` {STEP_TIMEOUT:.0f} s, `launch.restarts` as it comes.", "",
+        f"`python -m tests.soak --kills {result['wanted']} --seed {result['seed']}` ({result['machine']}): {facts}", "",
         "| what must hold | |", "|---|---|",
-        *(f"| {what} | {'yes' if held else '**NO**'} |" for what, held in same.items()),
+        *(f"| the same: {what} | {'yes' if held else '**NO**'} |" for what, held in same.items()),
         f"| {result['starts_checked']} attempts began at the newest commit of their time | yes |", "",
-        "| signal | kills | at a save | at a start | signal → next step, median | longest |", "|---|---|---|---|---|---|",
+        "| signal | kills | while a save went on | at a start | signal → next step, median | longest |", "|---" * 6 + "|",
     ]  # fmt: skip
     for name in [s.name for s in SIGNALS]:
         of = [kill for kill in kills if kill.signal == name]
         times = recoveries(kills, name)
         figures = f"{statistics.median(times):.1f} s | {times[-1]:.1f} s" if times else "– | –"
-        saving, starting = sum(kill.saving for kill in of), sum(kill.aim == "start" for kill in of)
+        saving, starting = sum(kill.saving for kill in of), sum(kill.phase in ("none", "start") for kill in of)
         lines.append(f"| {name} | {len(of)} | {saving} | {starting} | {figures} |")
-    lines += ["", "| kill | after s | signal | rank | aimed at | step | a save going on | committed then |", "|---" * 8 + "|"]
     lines += [
-        f"| {k.number + 1} | {k.seconds:.1f} | {k.signal} | {k.rank} | {k.aim} | {k.step} | {'yes' if k.saving else ''} | {k.committed} |"
-        for k in kills
+        "",
+        "| kill | after s | signal | rank | aimed at | phase | after step | a save going on | committed then |",
     ]
+    lines.append("|---" * 9 + "|")
+    for k in kills:
+        cells = [
+            k.number + 1,
+            f"{k.seconds:.1f}",
+            k.signal,
+            k.rank,
+            k.aim,
+            k.phase,
+            k.step,
+            "yes" if k.saving else "",
+            k.committed,
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 
 def main(
     kills: Annotated[int, typer.Option(min=1, help="signals sent")] = 50,
     seed: Annotated[int, typer.Option(help="draws ranks, signals and moments")] = 0,
-    folder: Annotated[Path | None, typer.Option(help="where the runs lie, kept; given again, the soak goes on there")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="where the runs lie, kept; given again, the soak goes on there")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="write OUT.json and OUT.md, for instance docs/results/soak")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object, for machines")] = False,
 ) -> None:
@@ -400,4 +434,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(typer.run(main))
+    typer.run(main)

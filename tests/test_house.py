@@ -46,12 +46,14 @@ TORCH_FREE = [
     "longskip.engine.configio",
     "longskip.engine.planning",
     "longskip.engine.profiled",
+    "longskip.engine.pulse",
     "longskip.engine.runs",
     "longskip.engine.data.plan",
     "longskip.engine.data.shapes",
     "longskip.engine.data.judge",
     "longskip.launcher.cli",
     "longskip.launcher.local",
+    "longskip.launcher.supervisor",
     "longskip.launcher.tables",
 ]
 HEAVY = ("torch", "deepspeed", "diffusers", "transformers", "xformers", "flash_attn", "triton")

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from longskip.engine.clusters import PASSED_ON, KubernetesGroup, Port, SlurmGroup, VariableName
 from longskip.engine.fields import Above, Count, Decay, Few, Group, Positive, Rate, Real, Share, Side, _number, _whole
 from longskip.engine.idle import idle_settings
-from longskip.engine.secrets import holds_secret, holds_user, is_secret
+from longskip.engine.secrets import hidden, holds_secret, holds_user, is_secret
 from longskip.errors import ConfigError
 from longskip.models.presets import preset
 from longskip.models.specs import TextEncoderSpec, UViTSpec
@@ -311,6 +311,7 @@ class LaunchGroup(Group):
     ``timeout_minutes``: how long ranks and nodes wait for each other. ``step_timeout``: seconds after which a rank that
     stays in one step hangs (``auto``: 10 × its slowest step so far, at least 30). ``node_timeout``: seconds (5 or more) after
     which a node that is not heard of is lost. ``restarts``: attempts in a row without a newly committed step.
+    ``network``: what joins the nodes, by its name in ``longskip plan --network``; the preflight measures against it.
     """
 
     environment: dict[VariableName, str] = Field(default_factory=dict)
@@ -322,6 +323,16 @@ class LaunchGroup(Group):
     step_timeout: Literal["auto"] | Above = "auto"
     node_timeout: Annotated[float, BeforeValidator(_number), Field(ge=5, allow_inf_nan=False)] = 30.0
     restarts: Count = 3
+    network: str | None = None
+
+    @field_validator("network")
+    @classmethod
+    def _known_network(cls, value: str | None) -> str | None:
+        if value is not None:
+            from longskip.profiling.hardware import find_network  # reads the user's own file of them
+
+            find_network(value)
+        return value
 
     @field_validator("environment")
     @classmethod
@@ -362,9 +373,9 @@ class Config(Group):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         for key, value in leaves(self.model_dump()):
-            if any(holds_secret(text) for text in _texts(value)):
+            if any(holds_secret(text) for text in (key, *_texts(value))):
                 raise ValueError(
-                    f"{key} holds a URL with a password or a signature in it, which the run would write down; leave it out "
+                    f"{hidden(key)} holds a URL with a password or a signature in it, which the run would write down; leave it out "
                     "there, and put it where fsspec looks: ~/.netrc, the environment (AWS_*, AZURE_STORAGE_SAS_TOKEN), or "
                     "~/.config/fsspec"
                 )

@@ -48,7 +48,9 @@ def parse_override(text: str) -> dict[str, Any]:
     """``a.b=value`` → ``{"a": {"b": value}}``, the value read as YAML."""
     key, separator, value = text.partition("=")
     if not separator or not key or not all(part.isidentifier() for part in key.split(".")):
-        raise ConfigError(f"override {hidden(text)[:200]!r} is not of the form group.key=value", cure="for instance optim.lr=1e-4")
+        raise ConfigError(
+            f"override {hidden(text)[:200]!r} is not of the form group.key=value", cure="for instance optim.lr=1e-4"
+        )
     leaf: Any = parse_yaml(f"value: {value}" if value else "", f"override {hidden(text)[:200]}").get("value")
     for part in reversed(key.split(".")):
         leaf = {part: leaf}
@@ -76,7 +78,7 @@ def dump_yaml(config: Config) -> str:
 
 
 def _complaint(item: Any) -> str:
-    path = ".".join(str(part) for part in item["loc"])
+    path = hidden(".".join(str(part) for part in item["loc"]))
     if item["type"] == "extra_forbidden":
         known = _fields_at([str(part) for part in item["loc"][:-1]])
         close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)

@@ -69,6 +69,7 @@ def evaluate(
             cure="longskip train CONFIG data.validation=FOLDER: on a finished run it trains nothing and notes it",
         )
     how = Drawing.of(config.eval, config.diffusion, sampler=sampler, steps=steps, guidance=guidance, seed=seed)
+    _refuse_program(run, network, config.eval.network)
     judges = Judges.of(config, loaded.device, statistics=statistics, network=network, clip=clip)
     if kind == "none" and not judges and not config.data.validation:
         raise ConfigError(
@@ -108,6 +109,17 @@ def evaluate(
     result |= _kept_scores(path, result)
     write_atomic(path, json.dumps(result, indent=1))
     return result
+
+
+def _refuse_program(run: Path, named: str | None, network: str | None) -> None:
+    """A run folder that came from elsewhere must not bring a program along and have it run by its own configuration."""
+    if named is not None or network is None or not Path(network).is_file():
+        return
+    if Path(network).resolve().is_relative_to(Path(run).resolve()):
+        raise ConfigError(
+            f"eval.network {network} is a TorchScript file, a program, in the run's own folder",
+            cure=f"where you trust it, name it: --network {network}",
+        )
 
 
 def _kept_scores(path: Path, result: dict[str, Any]) -> dict[str, Any]:

@@ -121,7 +121,9 @@ def prepare(config: Config, run_path: Path, world: World) -> Job:
         metrics.say(f"passed over a checkpoint: {complaint}")
     _announce(job, resuming, n_parameters, meter, assignment)
     if config.data.quarantine:
-        unknown = f", {listed['list']['unknown']:,} of its entries are of other data" if listed["list"]["unknown"] else ""
+        unknown = (
+            f", {listed['list']['unknown']:,} of its entries are of other data" if listed["list"]["unknown"] else ""
+        )
         job.metrics.say(f"{len(listed['samples']):,} samples are passed over: {config.data.quarantine}{unknown}")
     return job
 

@@ -227,7 +227,9 @@ def refuse_pickle(path: Path) -> None:
 
     A folder of pickles is one too: a checkpoint of DeepSpeed or of torch's distributed saving.
     """
-    pickles = sorted(found.name for pattern in _PICKLED for found in islice(path.glob(pattern), 1)) if path.is_dir() else []
+    pickles = (
+        sorted(found.name for pattern in _PICKLED for found in islice(path.glob(pattern), 1)) if path.is_dir() else []
+    )
     if pickles:
         raise CheckpointError(
             f"{path} is a checkpoint of DeepSpeed or torch ({pickles[0]}): pickles, which longskip never reads, as loading "

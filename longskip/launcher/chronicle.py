@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from longskip.engine.runs import append_json, tolerant
+from longskip.engine.runs import RunFolder, append_json, tolerant
 from longskip.launcher.members import Note
 from longskip.profiling import ledger
 
@@ -30,8 +30,13 @@ class Chronicle:
 
     def __init__(self, run: Path) -> None:
         self.run = run
+        self._lock = RunFolder(run / "launch")
         self._waiting: list[tuple[Path, dict[str, Any]]] = []
         self._attempt: dict[str, Any] = {}
+
+    def lock(self) -> None:
+        """Be the only supervisor of this run until ``close``; raises RunLockedError naming the other one."""
+        self._lock.lock()
 
     def last_attempt(self) -> int:
         """The newest attempt's number in the run's records, so that numbers go on; 0 for a new run."""
@@ -85,13 +90,15 @@ class Chronicle:
         print(f"longskip: {text}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """At the end: a folder that never became a run is left without the logs of its ranks."""
+        """At the end: a folder that never became a run is left without what was made for its ranks."""
+        self._lock.unlock()
         if (self.run / "config.yaml").exists() or not self.run.is_dir():
             return
+        (self.run / "launch" / "run.lock").unlink(missing_ok=True)
         for log in (self.run / "logs").glob("*"):
             if re.fullmatch(r"rank-\d+\.log|stacks-\d+-rank-\d+\.txt", log.name):
                 log.unlink(missing_ok=True)
-        for folder in (self.run / "logs", self.run):
+        for folder in (self.run / "logs", self.run / "launch", self.run):
             with tolerant("the empty run folder"):
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()

@@ -117,7 +117,9 @@ def lint(
         for name, reason, detail in found.examples:
             print(f"    {name}: {reason} ({detail})")
         if quarantine is not None:
-            print(f"{len(bad):,} sample(s) written to {quarantine}; they are passed over with data.quarantine={quarantine}")
+            print(
+                f"{len(bad):,} sample(s) written to {quarantine}; they are passed over with data.quarantine={quarantine}"
+            )
     raise typer.Exit(0 if found.ok else 1)
 
 

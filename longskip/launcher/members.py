@@ -57,6 +57,7 @@ class Plan:
     order: Order = "wait"
     shares: tuple[int, ...] = ()
     dump: bool = False  # with end: the stacks of all ranks first
+    at_once: bool = False  # with end: the ranks wait for one that cannot be reached, and will not end by themselves
     signal: str = ""  # with save: the signal that is passed on
     code: int = 0  # with stop
 
@@ -77,7 +78,7 @@ class Terms:
     """What was asked for, and what is asked of the run; times in seconds.
 
     ``fits(n)``: the largest world of at most n ranks that divides the batch, 0 for none; ``committed()``: the newest
-    committed step, −1 for none.
+    committed step, −1 for none; ``numbered()``: the newest attempt's number in the run's records, 0 for none.
     """
 
     nodes: int
@@ -90,6 +91,7 @@ class Terms:
     preflight: Literal["yes", "no", "only"]
     fits: Callable[[int], int]
     committed: Callable[[], int]
+    numbered: Callable[[], int]
 
 
 @dataclass(frozen=True)
@@ -112,11 +114,11 @@ class Leader:
     terms: Terms
     session: str
     now: float
-    attempt: int = 0  # the last one; the next has the next number
     notes: list[Note] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.plan = Plan(self.session, attempt=self.attempt)
+        self.attempt = 0  # the last one that was begun
+        self.plan = Plan(self.session)
         self.phase: Literal["gathering", "checking", "running", "ending", "stopped"] = "gathering"
         self._since = self.now
         self._first = True
@@ -159,6 +161,10 @@ class Leader:
 
     def _note(self, kind: str, detail: str, **where: Any) -> None:
         self.notes.append(Note(kind, detail, self.attempt, **({"step": self._step} | where)))
+
+    def forgive(self, seconds: float) -> None:
+        """Count so many seconds of silence less, of every node."""
+        self._heard = {node: heard + seconds for node, heard in self._heard.items()}
 
     # --- deciding -----------------------------------------------------------------------------------------------------
 
@@ -240,11 +246,11 @@ class Leader:
         for node in range(self.terms.nodes):
             shares.append(min(left, self.terms.ranks) if node in here else 0)
             left -= shares[-1]
-        self.attempt += 1
+        self.attempt = max(self.attempt, self.terms.numbered()) + 1  # a rank's roll-back takes a number as well
         self.phase, self._first, self._growing = "running", False, False
         self._sessions = {node: self._marks[node][0] for node, share in enumerate(shares) if share}
         self._endings, self._gone, self._step = [], [], self.terms.committed()
-        self.plan = replace(self.plan, attempt=self.attempt, order="run", shares=tuple(shares), dump=False, signal="")
+        self.plan = Plan(self.session, self.plan.beat, self.attempt, "run", tuple(shares))
         self._note("started", f"{world} rank(s) on {_nodes(self._sessions)}", shares=tuple(shares))
 
     def _run(self, reports: Mapping[int, Report]) -> None:
@@ -255,7 +261,8 @@ class Leader:
         bad = [ending for ending in self._endings if ending.kind not in ("done", "saved")]
         if bad or self._gone:
             self.phase = "ending"
-            self.plan = replace(self.plan, order="end", dump=any(ending.kind == "hung" for ending in bad))
+            dump = any(ending.kind == "hung" for ending in bad)
+            self.plan = replace(self.plan, order="end", dump=dump, at_once=not bad)
         elif len(self._endings) == self.plan.world and all(r.state != "running" for r in ours.values()):
             self._close()
         elif self._asked and not self.plan.signal:

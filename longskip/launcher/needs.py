@@ -16,6 +16,7 @@ from longskip.engine.fitting import Memory
 from longskip.engine.runs import RunFolder
 from longskip.engine.vocabulary import words_of
 from longskip.errors import ConfigError, LongskipError
+from longskip.profiling.hardware import find_network
 
 BYTES_PER_PARAMETER = 16  # weights, EMA and Adam's two moments, all fp32
 _OPEN_BESIDE = 128  # files that a rank has open beside shards, workers and peers: libraries, logs, checkpoints
@@ -59,7 +60,6 @@ def needs_of(
     ranks: int,
     *,
     elastic: bool = False,
-    network: tuple[str, float] | None = None,
 ) -> Needs:
     """What ``config`` needs of the nodes ``members`` with ``ranks`` ranks each; a user's mistakes are listed, not raised.
 
@@ -90,7 +90,7 @@ def needs_of(
         open_files=_open_files(config, world),
         readers=world * max(1, config.data.workers),
         batch=str(batch) if batch else "",
-        network=network,
+        network=_network(config, ranks),
         wrong=tuple(wrong),
     )
 
@@ -144,6 +144,14 @@ def _open_files(config: Config, world: int) -> int:
     """The most files and sockets of a rank: its open shards of every data set, a pair of pipes a worker, its peers twice."""
     sets = max(1, len(config.data.mix)) + bool(config.data.validation)
     return _OPEN_BESIDE + OPEN_SHARDS * sets + 4 * config.data.workers + 2 * world
+
+
+def _network(config: Config, ranks: int) -> tuple[str, float] | None:
+    """The named network and the bytes/s that each of a node's ranks has of it."""
+    if config.launch.network is None:
+        return None
+    network = find_network(config.launch.network)
+    return network.name, network.per_gpu(ranks)
 
 
 def _requirements() -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from longskip.engine.config import Config
-from longskip.errors import PreflightError, RendezvousError
+from longskip.errors import LongskipError, PreflightError, RendezvousError
 from longskip.launcher import probes
 from longskip.launcher.board import Board, Store
 from longskip.launcher.common_folder import CommonFolder
@@ -81,7 +81,6 @@ def check(
     run: Path,
     bind: str | None = None,
     elastic: bool = False,
-    network: tuple[str, float] | None = None,
     prefix: str = "preflight",
     quick: bool = False,
 ) -> Outcome:
@@ -112,7 +111,7 @@ def check(
         looks.append(
             probes.Timed(
                 "plan",
-                lambda _: needs.append(needs_of(config, run, members, ranks, elastic=elastic, network=network)),
+                lambda _: needs.append(needs_of(config, run, members, ranks, elastic=elastic)),
                 12.0,
             )
         )
@@ -127,16 +126,20 @@ def check(
         else:
             verdict = board.take("verdict", began + VERDICT_SECONDS - time.monotonic())
             board.put(f"heard/{node}", True)
-    except (TimeoutError, RuntimeError, OSError) as error:
+        if "error" in verdict:
+            raise PreflightError(f"node 0 could not judge: {verdict['error']}", cure="see node 0's log")
+        findings = tuple(Finding.from_json(each) for each in verdict["findings"])
+    except LongskipError:
+        raise
+    except (
+        Exception
+    ) as error:  # whatever the store, or another version's node 0, has done to us: the supervisor must hear
         raise PreflightError(
-            f"node {node} heard no verdict of the preflight from node 0: {error}",
+            f"node {node} heard no verdict of the preflight from node 0: {type(error).__name__}: {error}",
             cure="see node 0's log, and whether this node still reaches its store",
         ) from None
     finally:
         folder.release()
-    if "error" in verdict:
-        raise PreflightError(f"node 0 could not judge: {verdict['error']}", cure="see node 0's log")
-    findings = tuple(Finding.from_json(each) for each in verdict["findings"])
     return Outcome(findings, len(members), time.monotonic() - began, verdict["slowest"])
 
 

@@ -199,12 +199,15 @@ def gpus() -> tuple[list[dict[str, Any]], str | None]:
     try:
         import pynvml
     except ImportError:
-        count = len(list(Path("/dev").glob("nvidia[0-9]*")))
-        return [{} for _ in _visible([str(i) for i in range(count)])], "nvidia-ml-py is not installed"
+        asked = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = Path("/dev").glob("nvidia[0-9]*") if asked is None else filter(None, asked.split(","))
+        return [{} for _ in names], "nvidia-ml-py is not installed"
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
         return [], f"the driver does not answer: {error}"
+    if "MIG-" in (asked := os.environ.get("CUDA_VISIBLE_DEVICES", "")):
+        return [{} for _ in filter(None, asked.split(","))], "parts of GPUs (MIG) are not looked into"
     handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
     names = [_text(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles]
     return [_gpu(pynvml, handles[i]) for i in _visible(names)], None

@@ -149,6 +149,12 @@ class Team:
         if not any(ending.kind == "hung" for ending in self.endings):
             self._look_for_hung(alive, now)
 
+    def forgive(self, seconds: float) -> None:
+        """Count so many seconds of standing still less, of every rank."""
+        for rank in self._ranks:
+            rank.changed += seconds
+            rank.stopped_since = None
+
     def _look_for_hung(self, alive: list[RankProcess], now: float) -> None:
         limit = self.limits.of_stopped(self.slowest)
         still = [rank for rank in alive if rank.stopped_since is not None and now - rank.stopped_since > limit]
@@ -181,8 +187,8 @@ class Team:
                 rank.process.send_signal(number)
                 rank.told = True
 
-    def end(self, *, dump: bool = False) -> None:
-        """Put all ranks down, after their stacks were dumped where ``dump``, or after a short time to end themselves.
+    def end(self, *, dump: bool = False, at_once: bool = False) -> None:
+        """Put all ranks down: after their stacks were dumped where ``dump``, after a short time to end themselves, or now.
 
         Raises LongskipError where one cannot be killed.
         """
@@ -190,7 +196,7 @@ class Team:
             return
         if dump:
             stacks.dump({rank.process.pid: rank.stacks for rank in self._ranks if not rank.over and rank.beat.count})
-        deadline = time.monotonic() + (0.0 if dump else GRACE_SECONDS)
+        deadline = time.monotonic() + (0.0 if dump or at_once else GRACE_SECONDS)
         while self.running and time.monotonic() < deadline:
             self.poll()
             time.sleep(0.05)

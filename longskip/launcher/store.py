@@ -100,32 +100,25 @@ def _tcp_store() -> Any:
 class Exchange:
     """Says this node's newest word under ``key`` and hears those under ``others``, every ``TURN_SECONDS``, in a thread.
 
-    ``connect`` opens the store. A thread that has not had an answer for ``renew_after`` seconds is left to itself and
-    another one begins with a new connection. ``age()`` is the time since the last answer.
+    ``connect`` opens the store, and again after a failure: a client's answer is waited for ``CONNECT_SECONDS`` at the most.
+    ``age()`` is the time since the last answer.
     """
 
-    def __init__(
-        self, connect: Callable[[], Any], key: str, others: Sequence[str], *, renew_after: float = CONNECT_SECONDS
-    ) -> None:
-        self._connect, self._key, self._others, self._renew_after = connect, key, list(others), renew_after
+    def __init__(self, connect: Callable[[], Any], key: str, others: Sequence[str]) -> None:
+        self._connect, self._key, self._others = connect, key, list(others)
         self._word = "{}"
         self._said = ""
         self._heard: dict[str, Any] = {}
-        self._answered = self._renewed = time.monotonic()
+        self._answered = time.monotonic()
         self._turn = threading.Condition()
-        self._generation = 0
+        self._closed = False
         self.connected = False
         self.failure = ""
-        self._begin()
+        threading.Thread(target=self._talk, name="longskip-exchange", daemon=True).start()
 
-    def _begin(self) -> None:
-        self._generation += 1
-        name = f"longskip-exchange-{self._generation}"
-        threading.Thread(target=self._talk, args=(self._generation,), name=name, daemon=True).start()
-
-    def _talk(self, generation: int) -> None:
+    def _talk(self) -> None:
         store = None
-        while generation == self._generation:
+        while not self._closed:
             try:
                 store = store or self._connect()
                 word = self._word
@@ -136,8 +129,6 @@ class Exchange:
                 store, self.failure = None, (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
                 time.sleep(TURN_SECONDS)
                 continue
-            if generation != self._generation:
-                return
             with self._turn:
                 self._heard, self._said, self._answered, self.connected = heard, word, time.monotonic(), True
                 self._turn.notify_all()
@@ -149,15 +140,15 @@ class Exchange:
 
     def hear(self) -> dict[str, Any]:
         """The newest words of the others, by key; without those that have said nothing, or nothing readable."""
-        now = time.monotonic()
-        if now - max(self._answered, self._renewed) > self._renew_after:
-            self._renewed = now
-            self._begin()
         return {key: word for key, word in self._heard.items() if word}
 
     def age(self) -> float:
         """Seconds since the last answer, or since the beginning."""
         return time.monotonic() - self._answered
+
+    def forgive(self, seconds: float) -> None:
+        """Count so many seconds of silence less."""
+        self._answered += seconds
 
     def flush(self, seconds: float) -> bool:
         """Wait until the newest word has been said; False where it took longer than ``seconds``."""
@@ -166,7 +157,7 @@ class Exchange:
 
     def close(self) -> None:
         """Begin no further turn."""
-        self._generation += 1
+        self._closed = True
 
 
 def _parsed(value: bytes) -> Any:

@@ -30,6 +30,7 @@ from longskip.launcher.processes import Limits, Team, rank_environment
 
 TICK_SECONDS = 0.1
 FAREWELL_SECONDS = 5.0
+ASLEEP_SECONDS = 5.0  # a turn of the loop that takes so long: this process itself stood still
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ class Supervisor:
             self._warn_of_listening()
             nodes = [f"node/{node}" for node in range(1, what.nodes)]
             self.chronicle = Chronicle(run)
-            self.leader = Leader(self._terms(), self.session, time.monotonic(), self.chronicle.last_attempt())
+            self.chronicle.lock()
+            self.leader = Leader(self._terms(), self.session, time.monotonic())
             server: list[Any] = []
 
             def serve() -> Any:
@@ -127,7 +129,7 @@ class Supervisor:
         return Terms(
             nodes=what.nodes, ranks=what.ranks, elastic=what.elastic, min_nodes=what.min_nodes, patience=self.patience,
             node_timeout=launch.node_timeout, restarts=launch.restarts, preflight=what.preflight, fits=self._fits,
-            committed=lambda: newest_commit(self.run),
+            committed=lambda: newest_commit(self.run), numbered=self.chronicle.last_attempt,
         )  # fmt: skip
 
     def _kept_micro(self) -> int | None:
@@ -154,8 +156,10 @@ class Supervisor:
 
     def watch(self) -> int:
         """The loop; returns the exit code with no rank left, however it ends."""
+        turned = time.monotonic()
         try:
             while True:
+                turned = self._forgive(turned)
                 self.team.poll()
                 self._show_last_words()
                 plan = self._lead() if self.leader else self._hear()
@@ -176,6 +180,16 @@ class Supervisor:
             if self.leader:
                 self.chronicle.write(self.leader.notes)
                 self.chronicle.close()
+
+    def _forgive(self, turned: float) -> float:
+        """Time in which this process stood still (a job that is suspended, a machine that sleeps) is held against nobody."""
+        now = time.monotonic()
+        if (gap := now - turned) > ASLEEP_SECONDS:
+            self.team.forgive(gap)
+            self.exchange.forgive(gap)
+            if self.leader:
+                self.leader.forgive(gap)
+        return now
 
     def _report(self, left: bool = False) -> Report:
         self.beat += 1
@@ -221,7 +235,7 @@ class Supervisor:
         if plan.order == "stop":
             return plan.code
         if self.team.running and (self.mine != current or plan.order not in ("run", "save")):
-            self.team.end(dump=plan.dump)
+            self.team.end(dump=plan.dump, at_once=plan.at_once)
         if plan.order == "preflight" and share:
             self._check([member for member, ranks in enumerate(plan.shares) if ranks])
         if plan.order == "run" and share and self.mine != current:
@@ -275,7 +289,8 @@ class Supervisor:
         self.team.end()
         if not self.leader:
             self.exchange.say(asdict(self._report(left=True)))
-            self.exchange.flush(2.0)
+            if self.exchange.age() <= self.config.launch.node_timeout:
+                self.exchange.flush(2.0)
             return
         deadline = time.monotonic() + FAREWELL_SECONDS
         while time.monotonic() < deadline:

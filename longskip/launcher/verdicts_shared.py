@@ -60,7 +60,8 @@ def _told(facts: Sequence[Facts], name: str) -> str:
         return f"{name}: {found.get('samples', 0):,} pictures"
     checked = sum(_set(each, name).get("checked", 0) for each in facts)
     looked = f", {checked:,} looked into" if checked else ""
-    return f"{name}: {found.get('samples', 0):,} samples in {found.get('shards', 0):,} shards{looked}"
+    shards = found.get("shards", 0)
+    return f"{name}: {found.get('samples', 0):,} samples in {shards:,} shard{'s' if shards != 1 else ''}{looked}"
 
 
 def _shards(facts: Sequence[Facts], needs: Needs) -> Iterable[Finding]:

@@ -102,6 +102,7 @@ def _run(log: RunLog, name: str, differing: set[str]) -> dict[str, Any]:
         "examples": _picture(judged["judge"].get("examples")) if judged else None,
         "ledger": reportdata.ledger_rows(log),
         "attempts": reportdata.attempts(log),
+        "wall": reportdata.wall_rows(log),
         "config": reportdata.config_lines(log.config, differing),
         "incidents": reportdata.incident_rows(log),
         "incident_count": len(log.incidents),

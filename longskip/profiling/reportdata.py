@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from longskip.profiling import hardware, units
+from longskip.profiling.goodput import goodput
 from longskip.profiling.ledger import LedgerLine, Resumed, Totals, committed_lines
 from longskip.profiling.runlog import RunLog
 
@@ -97,9 +98,34 @@ def headline(log: RunLog) -> list[Figure]:
             Figure("Images per second", units.rate(committed.images_per_second), tokens_per_second),
             Figure("Data wait", units.share(committed.data_wait_share), "of the wall time"),
             Figure("Communication", units.share(committed.communication_share), _communication_note(committed)),
-            Figure("Goodput", units.share(log.sums.goodput), "of the wall time was kept"),
+            _goodput(log),
         ]
     return [*figures, _mfu(log, committed)]
+
+
+def _goodput(log: RunLog) -> Figure:
+    """Kept time as a share of the wall time: with starting, ending and restarts where a supervisor wrote them down."""
+    found = goodput(log)
+    if not found.watched:
+        return Figure("Goodput", units.share(found.share), "of the wall time was kept")
+    note = f"of {units.duration(found.wall)} from start to end was kept"
+    return Figure("Goodput", units.share(found.share), note)
+
+
+def wall_rows(log: RunLog) -> list[dict[str, str]]:
+    """Where the wall time of a supervised run went, a row per part; nothing where no supervisor wrote it down."""
+    found = goodput(log)
+    if not found.watched or found.wall <= 0:
+        return []
+    parts = (
+        ("steps that were kept", found.useful), ("steps done again", found.redone),
+        ("starting up, saving at the end, dying", found.around), ("between an attempt and its restart", found.pauses),
+        ("from start to end", found.wall),
+    )  # fmt: skip
+    return [
+        {"label": label, "time": units.duration(seconds), "share": units.share(seconds / found.wall)}
+        for label, seconds in parts
+    ]
 
 
 def _communication_note(committed: Totals) -> str:

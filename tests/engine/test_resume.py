@@ -5,19 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
 from longskip.engine import checkpoint
 from longskip.engine.config import Config
 from longskip.errors import EXIT_SAVED
-from longskip.launcher.local import rank_environment
 from longskip.profiling import ledger
 from tests.engine.test_training import losses
 from tests.figures import figure
@@ -221,67 +216,3 @@ def test_a_damaged_checkpoint_is_passed_over(shapes: Path, straight: Path, tmp_p
     if damage == "flip":
         assert train_ranks(2, config_of(shapes), run) == [0, 0]
         assert_same_run(run, straight)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("step", "victim"), [(2, 0), (11, 1), (25, 0)])
-def test_sigkill_through_the_launcher(shapes: Path, in_tmp: Path, step: int, victim: int) -> None:
-    """``longskip launch``, SIGKILL of a rank some time after ``step``; the other is gone, the same command goes on."""
-    from longskip.engine.configio import dump_yaml
-
-    groups = {"train": {"steps": 40}, "checkpoint": {"every": 5}, "logging": {"every": 1}}
-    straight = in_tmp / "runs" / "straight"
-    (in_tmp / "run.yaml").write_text(dump_yaml(small_config(shapes, **groups)))
-    command = [sys.executable, "-m", "longskip.launcher", "launch", "--local", "2", "--", "train", "run.yaml"]
-    whole = subprocess.run([*command, "train.name=straight"], env=rank_environment(2), capture_output=True, timeout=180)
-    assert whole.returncode == 0
-    run = in_tmp / "runs" / "run"
-    process = subprocess.Popen(command, env=rank_environment(2), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and (not (run / "metrics.jsonl").exists() or max(losses(run)) < step):
-        time.sleep(0.01)
-    (launcher,) = psutil.Process(process.pid).children()
-    ranks = launcher.children()
-    assert len(ranks) == 2
-    ranks[victim].kill()
-    assert process.wait(60) == 1
-    assert not [r for r in ranks if r.is_running() and r.status() != psutil.STATUS_ZOMBIE]
-    reached = max(losses(run))
-    assert step <= reached < 40
-    assert subprocess.run(command, env=rank_environment(2), capture_output=True, timeout=180).returncode == 0
-    assert_same_run(run, straight, steps=40)
-    entries = ledger.read(run / "ledger.jsonl").entries
-    (resumed,) = [e.resumed_from for e in entries if isinstance(e, ledger.Resumed) and e.attempt == 2]
-    assert ledger.sums(entries).spent.steps == 40 + reached - resumed  # the redone steps are in what was spent
-
-
-@pytest.mark.slow
-def test_the_launcher_saves_on_one_and_on_two_signals_and_leaves_no_orphan(shapes: Path, in_tmp: Path) -> None:
-    from longskip.engine.configio import dump_yaml
-
-    groups = {"train": {"steps": 5000}, "checkpoint": {"every": 500}, "logging": {"every": 1}}
-    (in_tmp / "run.yaml").write_text(dump_yaml(small_config(shapes, **groups)))
-    command = [sys.executable, "-m", "longskip.launcher", "launch", "--local", "2", "--", "train", "run.yaml"]
-    run = in_tmp / "runs" / "run"
-    for times in (1, 2, 0):
-        process = subprocess.Popen(
-            command, env=rank_environment(2), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        before = max(losses(run), default=0) if (run / "metrics.jsonl").exists() else 0
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and (
-            not (run / "metrics.jsonl").exists() or max(losses(run), default=0) < before + 3
-        ):
-            time.sleep(0.05)
-        ranks = psutil.Process(process.pid).children(recursive=True)
-        if times == 0:
-            process.kill()  # the launching command itself: its ranks must not go on alone
-            psutil.wait_procs(ranks, timeout=40)
-            assert not [r for r in ranks if r.is_running() and r.status() != psutil.STATUS_ZOMBIE]
-            continue
-        time.sleep(3)  # a rank is asked once it is three seconds old
-        for _ in range(times):
-            process.terminate()
-            time.sleep(0.4)
-        assert process.wait(60) == EXIT_SAVED
-        assert checkpoint.newest(run / "checkpoints")[0] is not None

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import queue
-import sys
 import tempfile
 import threading
 import time
@@ -116,14 +115,14 @@ def _prove(chosen: list[Fault], jobs: int, *, quiet: bool) -> list[dict[str, Any
                 row = rows[place]
                 print(f"{row['number']:>2} {row['result']:8} {row['seconds']:6.1f} s  {defence.what}", flush=True)
 
-    with tempfile.TemporaryDirectory(prefix="longskip-defences-") as place:
-        threads = [threading.Thread(target=work, args=(Path(place) / f"copy-{n}",)) for n in range(jobs)]
+    with tempfile.TemporaryDirectory(prefix="longskip-defences-") as copies:
+        threads = [threading.Thread(target=work, args=(Path(copies) / f"copy-{n}",)) for n in range(jobs)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    for place_, (fault, defence) in enumerate(every):
-        rows.setdefault(place_, _proved(fault, defence, None, ["its thread died"]))
+    for place, (fault, defence) in enumerate(every):
+        rows.setdefault(place, _proved(fault, defence, None, ["its thread died"]))
     bare = [_listed(f) | {"result": "missing", "wrong": "no defence is named"} for f in chosen if not f.defences]
     return sorted([*rows.values(), *bare], key=lambda row: row["number"])
 
@@ -145,7 +144,9 @@ def _proved(fault: Fault, defence: Defence, proof: Proof | None, wrong: list[str
 
 def _print(rows: list[dict[str, Any]], seconds: float, defences: bool) -> None:
     console = Console()
-    table = Table("fault", "", "defence taken out" if defences else "tests", "result", "s", title=None)
+    table = Table()
+    for name in ("fault", "", "defence taken out" if defences else "tests", "result", "s"):
+        table.add_column(name, overflow="fold", justify="right" if name == "s" else "left")
     for row in rows:
         good = row["result"] in ("passed", "seen", "listed")
         what = row["defence"] if "defence" in row else f"{row['passed']}/{row['ran']}" if "ran" in row else _names(row)
@@ -194,4 +195,4 @@ def markdown(rows: list[dict[str, Any]], seconds: float, defences: bool) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(typer.run(main))
+    typer.run(main)

@@ -101,7 +101,8 @@ CHECKPOINT_FAULTS = (
                     Patch(
                         "longskip/engine/durable.py",
                         "            self.rename(folder, doomed)\n            self._next()\n",
-                        '            (folder / "manifest.json").unlink()\n            self._next()\n            self.rename(folder, doomed)\n',
+                        '            (folder / "manifest.json").unlink()\n'
+                        "            self._next()\n            self.rename(folder, doomed)\n",
                     ),
                 ),
             ),
@@ -111,7 +112,8 @@ CHECKPOINT_FAULTS = (
                 (
                     Patch(
                         CHECKPOINT,
-                        "            shutil.rmtree(self.temporary, ignore_errors=True)\n            self.temporary.mkdir(parents=True)\n",
+                        "            shutil.rmtree(self.temporary, ignore_errors=True)\n"
+                        "            self.temporary.mkdir(parents=True)\n",
                         "            self.temporary.mkdir(parents=True, exist_ok=True)\n",
                     ),
                     Patch(

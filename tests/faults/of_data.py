@@ -186,6 +186,49 @@ DATA_FAULTS = (
         ),
     ),
     Fault(
+        28,
+        "NaN or infinity on one rank",
+        "the step moves nothing on any rank, at every stage; sample ids are listed; three in a row stop the run",
+        (
+            f"{NUMBERS}::test_a_skipped_step_is_a_step_that_was_not_taken",
+            f"{NUMBERS}::test_at_every_stage",
+            f"{NUMBERS}::test_skipped_steps_are_told",
+            f"{NUMBERS}::test_three_in_a_row_stop_all_ranks",
+            f"{NUMBERS}::test_killed_behind_a_skipped_step",
+            "tests/engine/test_faults_and_runs.py::test_a_loss_that_is_not_finite_stops_all_ranks_before_the_step",
+            "tests/engine/test_faults_and_runs.py::test_a_gradient_that_is_not_finite_moves_no_weight",
+        ),
+        (
+            Defence(
+                "the optimizer is held still",
+                (f"{NUMBERS}::test_a_skipped_step_is_a_step_that_was_not_taken",),
+                (Patch("longskip/engine/numbers.py", "    optimizer.set_step(0, 0.0, 0.0)\n", "    pass\n"),),
+            ),
+            Defence(
+                "three in a row are one too many",
+                (f"{NUMBERS}::test_three_in_a_row_stop_all_ranks",),
+                (
+                    Patch(
+                        "longskip/engine/job.py",
+                        'group.not_finite == "stop" or in_a_row >= group.not_finite_limit',
+                        'group.not_finite == "stop"',
+                    ),
+                ),
+            ),
+            Defence(
+                "samples of a skipped step are listed",
+                (f"{NUMBERS}::test_skipped_steps_are_told",),
+                (
+                    Patch(
+                        "longskip/engine/job.py",
+                        "        samples, keys = _samples_of(micro_batches)\n        self.incident",
+                        "        samples, keys = _samples_of(micro_batches[:0])\n        self.incident",
+                    ),
+                ),
+            ),
+        ),
+    ),
+    Fault(
         29,
         "few shards, dry ranks, dead workers",
         "the same number of steps everywhere, no hang, a clear error",

@@ -117,7 +117,9 @@ def test_secrets_of_the_environment_are_written_nowhere(shapes: Path, in_tmp: Pa
     (in_tmp / "run.yaml").write_text(dump_yaml(config))
     fault = {"LONGSKIP_FAULT": "step.begin:kill:rank=0:step=4"}
     code, output, lines = _watched(launched("train", "run.yaml", "launch.restarts=1"), in_tmp, values | fault)
-    assert code == 1 and any("train" in line for line in lines)  # killed at each attempt's step 4, with its stacks and logs
+    assert code == 1 and any(
+        "train" in line for line in lines
+    )  # killed at each attempt's step 4, with its stacks and logs
     report = subprocess.run(
         [sys.executable, "-m", "longskip.launcher", "report", "run"],
         cwd=in_tmp,
@@ -141,7 +143,7 @@ def test_secrets_of_a_url_are_written_nowhere(shapes: Path, in_tmp: Path, secret
     config = small_config(shapes, train={"steps": 2, "batch_size": 2})
     (in_tmp / "run.yaml").write_text(dump_yaml(config))
     arguments = (f"data.path={url}", "data.remote=fsspec", f"data.cache={in_tmp / 'cache'}", "data.shuffle=window")
-    code, output, lines = _watched(
+    code, output, _ = _watched(
         [sys.executable, "-m", "longskip.launcher", "train", "run.yaml", *arguments], in_tmp, {"NO_PROXY": "127.0.0.1"}
     )
     assert code in (1, 2) and "Traceback" not in output

@@ -106,8 +106,9 @@ def slurm(folder: Path, nodes: int) -> Iterator[dict[str, str]]:
     lines = [
         "ClusterName=here", f"SlurmctldHost={host}(127.0.0.1)", f"SlurmUser={user}", f"SlurmdUser={user}",
         f"SlurmctldPort={free_port()}", f"StateSaveLocation={folder / 'ctld'}", f"SlurmdSpoolDir={folder}/%n",
-        f"SlurmctldPidFile={folder}/ctld.pid", f"SlurmdPidFile={folder}/%n.pid", "AuthType=auth/munge", "CredType=cred/munge",
-        f"AuthInfo=socket={folder}/munge/socket,cred_expire=5", "ProctrackType=proctrack/pgid", "TaskPlugin=task/none", "MpiDefault=none",
+        f"SlurmctldPidFile={folder}/ctld.pid", f"SlurmdPidFile={folder}/%n.pid", "AuthType=auth/munge",
+        "CredType=cred/munge", f"AuthInfo=socket={folder}/munge/socket", "ProctrackType=proctrack/pgid",
+        "TaskPlugin=task/none", "MpiDefault=none",
         "SwitchType=switch/none", "JobAcctGatherType=jobacct_gather/none", "AccountingStorageType=accounting_storage/none",
         "SelectType=select/cons_tres", "SelectTypeParameters=CR_Core", "ReturnToService=2", "SchedulerType=sched/builtin",
         "InactiveLimit=0", "KillWait=20", "SlurmctldDebug=info", "SlurmdDebug=info", "PropagateResourceLimits=NONE",

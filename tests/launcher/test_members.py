@@ -22,14 +22,14 @@ class Play:
         self, nodes: int = 2, ranks: int = 1, *, fits: Callable[[int], int] = lambda n: n, **terms: Any
     ) -> None:
         given = {"elastic": False, "min_nodes": 1, "restarts": 3, "preflight": "no"} | terms
-        self.commit = -1
+        self.commit, self.number = -1, 0
         self.now = 0.0
         self.notes: list[Note] = []
         self.reports: dict[int, Report] = {0: Report("s0")}
         self.dead: set[int] = set()
         terms_ = Terms(
             nodes=nodes, ranks=ranks, patience=PATIENCE, node_timeout=TIMEOUT, fits=fits,
-            committed=lambda: self.commit, **given,
+            committed=lambda: self.commit, numbered=lambda: self.number, **given,
         )  # fmt: skip
         self.leader = Leader(terms_, "leader", self.now)
 
@@ -255,6 +255,18 @@ def test_elastic_growth_asks_for_a_save_first_and_is_no_failure() -> None:
     assert play.kinds() == []
 
 
+def test_a_node_that_fell_silent_before_it_told_of_its_ranks_is_not_taken_in() -> None:
+    """Its last word is of before the attempt: that none of its ranks runs. Only another word makes it one of the next."""
+    play = Play(nodes=2, elastic=True)
+    play.says(1)
+    play.says(0, state="running", attempt=1)
+    play.dead.add(1)
+    play.ends(0, Ending(0, "died", "exit code 1"))
+    assert play.pass_(10).attempt == 1
+    plan = play.pass_(TIMEOUT)
+    assert (plan.attempt, plan.shares) == (2, (1, 0))
+
+
 def test_a_node_that_was_lost_and_is_back_is_told() -> None:
     play = Play(nodes=2, elastic=True)
     play.run(0, 1)
@@ -312,10 +324,14 @@ def test_how_a_preflight_ends(preflight: Any, answers: tuple[str, str], code: in
     assert (plan.order, plan.code, plan.attempt) == ("stop", code, 0)
 
 
-def test_numbers_of_attempts_go_on() -> None:
-    play = Play(nodes=1)
-    leader = Leader(play.leader.terms, "later", 0.0, attempt=6)
-    assert leader.decide(1.0, {0: Report("s0", beat=1)}).attempt == 7
+def test_numbers_of_attempts_go_on_from_the_runs_records() -> None:
+    play = Play()
+    play.number = 6
+    play.says(1)
+    assert play.leader.plan.attempt == 7
+    play.number = 9  # the ranks have rolled back twice
+    crash(play)
+    assert play.turn().attempt == 10
 
 
 def test_plans_and_reports_survive_the_way() -> None:

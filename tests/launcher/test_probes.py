@@ -204,8 +204,12 @@ def test_health_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setitem(sys.modules, "pynvml", broken)
     assert probes.gpus() == ([], "the driver does not answer: Driver/library version mismatch")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1a,MIG-2b")
+    monkeypatch.setitem(sys.modules, "pynvml", _Nvml("pynvml"))
+    assert probes.gpus() == ([{}, {}], "parts of GPUs (MIG) are not looked into")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-77,GPU-88,GPU-99")
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert probes.gpus()[1] == "nvidia-ml-py is not installed"
+    assert probes.gpus() == ([{}, {}, {}], "nvidia-ml-py is not installed")
 
 
 # --- data ---------------------------------------------------------------------------------------------------------------

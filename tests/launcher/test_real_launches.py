@@ -224,6 +224,9 @@ def test_a_slurm_job_is_saved_queued_again_and_done(home: Path, cluster: dict[st
     try:
         wait_for(lambda: len(steps(run)) > 2, LONG, "no step was taken")
         subprocess.run(["scancel", "--signal=USR1", job], env=os.environ | cluster, check=True)
+        wait_for(lambda: queue(cluster) == "PENDING", LONG, "the job was not queued again")
+        # Slurm makes a job that is queued again wait for two minutes.
+        subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], env=os.environ | cluster, check=True)
         wait_for(lambda: status(run) == "done", LONG, f"the job was not done: {queue(cluster)}")
         wait_for(lambda: queue(cluster) == "", LONG, "the job did not end")
     finally:

@@ -65,7 +65,11 @@ def test_fault_15_sigkill_in_a_step(run: Path, straight: Path, victim: int) -> N
     assert_same_run(run, straight, steps=STEPS)
     assert one.incidents() == ["rank_died", "restarted"]
     assert f"rank {victim} died" in one.text() and "SIGKILL" in one.text() and "Traceback" not in one.text()
-    assert 10 <= resumed(run)[0] <= STEPS
+    (went_on,) = resumed(run)
+    reached = max(line["step"] for line in one.lines("metrics.jsonl") if line["attempt"] == 1)
+    assert 10 <= went_on <= reached
+    spent = ledger.sums(ledger.read(run / "ledger.jsonl").entries).spent
+    assert spent.steps == STEPS + reached - went_on  # the redone steps are in what was spent
 
 
 def test_fault_16_sigstop_in_a_step(run: Path, straight: Path) -> None:

@@ -120,6 +120,36 @@ def test_a_killed_supervisor_leaves_no_rank(in_tmp: Path) -> None:
         assert gone(ranks)
 
 
+@pytest.mark.slow
+def test_a_job_that_is_suspended_and_goes_on_has_not_hung(in_tmp: Path) -> None:
+    run = in_tmp / "runs" / "r"
+    with fake(run, steps=FOREVER) as one:
+        one.until(lambda: step_of_fake(run, 0) > 2 and step_of_fake(run, 1) > 2)
+        everybody = [psutil.Process(one.process.pid), *one.everything()]
+        for process in everybody:
+            process.suspend()
+        time.sleep(6)
+        for process in everybody:
+            process.resume()
+        step = step_of_fake(run)
+        one.until(lambda: step_of_fake(run) > step + 50)
+        one.send(signal.SIGTERM)
+        assert one.wait() == 75
+        assert one.incidents() == ["signal"]
+
+
+def test_a_second_supervisor_of_a_run_is_refused_and_names_the_first(in_tmp: Path) -> None:
+    run = in_tmp / "runs" / "r"
+    with fake(run, steps=FOREVER) as one:
+        one.until(lambda: step_of_fake(run) > 2)
+        with fake(run) as two:
+            assert two.wait() == 1
+            assert "in use by process" in two.text() and str(one.process.pid) in two.text()
+        one.send(signal.SIGTERM)
+        assert one.wait() == 75
+        assert attempts(one) == [1]
+
+
 def test_numbers_of_attempts_go_on_when_the_command_is_given_again(in_tmp: Path) -> None:
     run = in_tmp / "runs" / "r"
     for number in (1, 2):

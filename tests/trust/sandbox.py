@@ -7,6 +7,7 @@ dies is a failure and gets a successor.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import resource
@@ -89,10 +90,8 @@ class Sandbox:
 def _serve(pipe: Connection, folder: Path, targets: dict[str, Target], warm: dict[str, Any]) -> None:
     os.chdir(folder)
     for name, case in warm.items():
-        try:
+        with contextlib.suppress(LongskipError):
             targets[name](folder, case)
-        except LongskipError:
-            pass
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, held + MEMORY))
     seen: list[str] = []

@@ -126,7 +126,9 @@ def test_tables_with_odd_numbers(sandbox: Sandbox, kind: str, cases: int) -> Non
     fuzz(cases, changes, one)
 
 
-@pytest.mark.parametrize("start", [b"PK\x03\x04", b"PK\x05\x06", b"\x80\x04\x95", b"\x93NUMPY\x03\x00", b"\x93NUMPY\x01\x00\xff\xff", b""])  # fmt: skip
+@pytest.mark.parametrize(
+    "start", [b"PK\x03\x04", b"PK\x05\x06", b"\x80\x04\x95", b"\x93NUMPY\x03\x00", b"\x93NUMPY\x01\x00\xff\xff", b""]
+)
 def test_tables_that_are_other_files(sandbox: Sandbox, start: bytes) -> None:
     (path, *_) = sorted((sandbox.folder / "work" / "pictures").glob("*.idx.npy"))
     assert check(sandbox, "pictures", path.name, start + path.read_bytes()[len(start) :]) == "refused" or not start

@@ -263,8 +263,12 @@ def test_indexes_of_safetensors(sandbox: Sandbox, cases: int) -> None:
         sandbox.run("file", ("x.safetensors.index.json", text))
 
     fuzz(cases, altered(tree) | damaged(json.dumps(tree).encode()), check)
-    for text in (b'{"weight_map": ' + b"[" * 100_000, json.dumps({"weight_map": {"a": "../../etc/passwd"}}).encode(),
-                 json.dumps({"weight_map": {"a": "/etc/passwd"}}).encode(), json.dumps({"weight_map": {"a": "x\0"}}).encode()):  # fmt: skip
+    for text in (
+        b'{"weight_map": ' + b"[" * 100_000,
+        json.dumps({"weight_map": {"a": "../../etc/passwd"}}).encode(),
+        json.dumps({"weight_map": {"a": "/etc/passwd"}}).encode(),
+        json.dumps({"weight_map": {"a": "x\0"}}).encode(),
+    ):
         assert sandbox.run("file", ("x.safetensors.index.json", text)).kind == "refused"
 
 

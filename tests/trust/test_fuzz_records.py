@@ -107,10 +107,23 @@ def by_path(name: str, read: Any) -> Any:
 
 CSV = b"flops,params,tokens,loss\n1e18,1e6,1e9,3.5\n2e18,2e6,2e9,3.1\n"
 HARDWARE = {
-    "devices": [{"name": "A", "short": "a", "driver_names": ["NVIDIA A"], "teraflops": {"fp32": 91.1, "bf16": 364.2}, "memory_gb": 48,
-                 "memory_mib": 46068, "bandwidth_gb_s": 960, "watts": 300, "link_gb_s": 32, "link_name": "PCIe", "source": "s"}],
+    "devices": [
+        {
+            "name": "A",
+            "short": "a",
+            "driver_names": ["NVIDIA A"],
+            "teraflops": {"fp32": 91.1, "bf16": 364.2},
+            "memory_gb": 48,
+            "memory_mib": 46068,
+            "bandwidth_gb_s": 960,
+            "watts": 300,
+            "link_gb_s": 32,
+            "link_name": "PCIe",
+            "source": "s",
+        }
+    ],
     "networks": [{"name": "n", "gigabits": 200, "per": "gpu", "source": "s"}],
-}  # fmt: skip
+}
 LAWS = [
     {"form": "power", "params": {"coefficient": 0.1, "exponent": 0.5}, "data": {"coefficient": 1.0, "exponent": 0.5},
      "loss": {"coefficient": 5.0, "exponent": -0.1}, "budgets": [1e18, 1e21], "name": "x", "tokens": "all"},
@@ -246,10 +259,39 @@ def test_laws_of_ones_own(sandbox: Sandbox, cases: int) -> None:
 
 @pytest.mark.parametrize("cases", CASES)
 def test_hostfiles(sandbox: Sandbox, cases: int) -> None:
-    parts = st.sampled_from(["node-1", "-oProxyCommand=touch x", "a;id", "$(id)", "`id`", "a b", "..", "[a,b]", "^f", "user@h", "h:22",
-                             "slots=8", "slots=-1", "slots=" + "9" * 5000, "slots=0x8", "\x00", "é", "#", "\n", " ", "\r", "\t"])  # fmt: skip
-    fuzz(cases, damaged(HOSTS) | st.lists(parts, max_size=8).map(lambda words: " ".join(words).encode()) | st.binary(max_size=30),
-         lambda data: sandbox.run("hosts", data))  # fmt: skip
+    parts = st.sampled_from(
+        [
+            "node-1",
+            "-oProxyCommand=touch x",
+            "a;id",
+            "$(id)",
+            "`id`",
+            "a b",
+            "..",
+            "[a,b]",
+            "^f",
+            "user@h",
+            "h:22",
+            "slots=8",
+            "slots=-1",
+            "slots=" + "9" * 5000,
+            "slots=0x8",
+            "\x00",
+            "é",
+            "#",
+            "\n",
+            " ",
+            "\r",
+            "\t",
+        ]
+    )
+    fuzz(
+        cases,
+        damaged(HOSTS)
+        | st.lists(parts, max_size=8).map(lambda words: " ".join(words).encode())
+        | st.binary(max_size=30),
+        lambda data: sandbox.run("hosts", data),
+    )
 
 
 @pytest.mark.parametrize("cases", CASES)

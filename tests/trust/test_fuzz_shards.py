@@ -134,12 +134,36 @@ def test_headers_of_every_format(sandbox: Sandbox, format: str, cases: int) -> N
         data = bytearray(whole)
         for _ in range(draw(st.integers(1, 3))):
             at = draw(st.sampled_from(places))
-            field, length = draw(st.sampled_from([(0, 100), (100, 8), (124, 12), (136, 12), (156, 1), (157, 100), (345, 155), (386, 12), (482, 13)]))  # fmt: skip
-            value = draw(st.one_of(
-                st.binary(min_size=1, max_size=length),
-                st.integers(-(2**60), 2**60).map(lambda n: (b"\x80" if n >= 0 else b"\xff") + n.to_bytes(11, "big", signed=True)),
-                st.sampled_from([b"77777777777\0", b"-0000000001\0", b"L", b"K", b"x", b"g", b"S", b"5", b"2", b"7", b"\xff" * 12, b"../../x\0", b"/x\0"]),
-            ))[:length]  # fmt: skip
+            field, length = draw(
+                st.sampled_from(
+                    [(0, 100), (100, 8), (124, 12), (136, 12), (156, 1), (157, 100), (345, 155), (386, 12), (482, 13)]
+                )
+            )
+            value = draw(
+                st.one_of(
+                    st.binary(min_size=1, max_size=length),
+                    st.integers(-(2**60), 2**60).map(
+                        lambda n: (b"\x80" if n >= 0 else b"\xff") + n.to_bytes(11, "big", signed=True)
+                    ),
+                    st.sampled_from(
+                        [
+                            b"77777777777\0",
+                            b"-0000000001\0",
+                            b"L",
+                            b"K",
+                            b"x",
+                            b"g",
+                            b"S",
+                            b"5",
+                            b"2",
+                            b"7",
+                            b"\xff" * 12,
+                            b"../../x\0",
+                            b"/x\0",
+                        ]
+                    ),
+                )
+            )[:length]
             data[at + field : at + field + len(value)] = value
             data[at + 148 : at + 156] = b" " * 8
             data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
@@ -189,8 +213,28 @@ def test_pictures(sandbox: Sandbox, format: str, cases: int) -> None:
     fuzz(cases, damaged(buffer.getvalue()), lambda data: sandbox.run("member", ("image", data)))
 
 
-NAMES = st.sampled_from(["a.png", "a.txt", "a.json", "b.PNG", "b.jpg", "b/c.png", "-rf.png", "metadata.jsonl", "a b.png", "ä.webp",
-                         "a\nb.png", "a\\b.png", "x.pkl", ".a.png", "a..png", "..png", "CON.png", "a" * 200 + ".png"])  # fmt: skip
+NAMES = st.sampled_from(
+    [
+        "a.png",
+        "a.txt",
+        "a.json",
+        "b.PNG",
+        "b.jpg",
+        "b/c.png",
+        "-rf.png",
+        "metadata.jsonl",
+        "a b.png",
+        "ä.webp",
+        "a\nb.png",
+        "a\\b.png",
+        "x.pkl",
+        ".a.png",
+        "a..png",
+        "..png",
+        "CON.png",
+        "a" * 200 + ".png",
+    ]
+)
 
 
 @pytest.mark.parametrize("cases", CASES)

@@ -39,7 +39,7 @@ from longskip.engine.fidelity import Statistics
 from longskip.engine.initial import find_initial
 from longskip.engine.inventory import inventory, verify_checkpoints
 from longskip.engine.tensorfiles import TensorFile
-from longskip.errors import BadSampleError, CheckpointError, LongskipError
+from longskip.errors import BadSampleError, CheckpointError, ConfigError, LongskipError
 from tests.figures import figure
 from tests.ranks import run_ranks, small_config, train_ranks
 from tests.saved_runs import saved_run
@@ -238,6 +238,34 @@ def test_pickles_where_arrays_weights_and_words_are_meant(tmp_path: Path) -> Non
     assert not (tmp_path / "touched").exists()
 
 
+def test_a_run_that_brings_its_own_program_does_not_have_it_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A TorchScript network is run when the user names it, and not because a run's own configuration does."""
+    from longskip.engine.evaluate import evaluate
+
+    loaded: list[str] = []
+
+    def load(path: str, **_: Any) -> Any:
+        loaded.append(path)
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(torch.jit, "load", load)
+    network = tmp_path / "run" / "net.pt"
+    named = {"network": str(network), "stats": str(tmp_path / "run" / "stats.npz")}
+    run = saved_run(tmp_path / "run", eval=named)
+    network.write_bytes(b"program")
+    with pytest.raises(ConfigError, match="program") as caught:
+        evaluate(run)
+    assert f"--network {network}" in str(caught.value) and not loaded
+    with pytest.raises(LongskipError, match=r"stats\.npz"):  # named: it is the statistics' turn
+        evaluate(run, network=str(network))
+    elsewhere = tmp_path / "net.pt"
+    elsewhere.write_bytes(b"program")
+    with pytest.raises(LongskipError, match=r"stats\.npz"):
+        evaluate(saved_run(tmp_path / "other", eval=named | {"network": str(elsewhere)}))
+
+
 # --- FAULTS 25: damaged shards, on two ranks --------------------------------------------------------------------------
 
 
@@ -402,8 +430,7 @@ def hostile_shards(folder: Path) -> Counter[str]:
 
 
 def test_every_bad_sample_is_counted_under_its_reason(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """FAULTS 26, on two ranks: one pass over the data counts each reason as often as it was planted; above the allowed
-    share both ranks stop."""
+    """FAULTS 26, on two ranks: one pass over the data counts each reason as often as it was planted."""
     reasons = hostile_shards(tmp_path / "train")
     for kind in ("image_decode", "image_size"):  # what PIL says of a picture of 0 × 0 pixels is its own affair
         if reasons["zero"] and kind in _zero_reason():
@@ -424,8 +451,14 @@ def test_every_bad_sample_is_counted_under_its_reason(tmp_path: Path, capfd: pyt
     assert told == reasons
     assert "bad: " in capfd.readouterr().out
 
-    strict = small_config(tmp_path, **groups, data={"max_bad_share": 0.05})
-    assert train_ranks(2, strict, tmp_path / "strict") == [1, 1]
+
+@pytest.mark.slow
+def test_too_many_bad_samples_stop_both_ranks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """FAULTS 26: above ``data.max_bad_share``, with the reasons."""
+    hostile_shards(tmp_path / "train")
+    groups: dict[str, Any] = {"train": {"steps": 8, "batch_size": 8}, "eval": {"samples": 8}}
+    config = small_config(tmp_path, **groups, data={"max_bad_share": 0.05, "validation": str(tmp_path / "train")})
+    assert train_ranks(2, config, tmp_path / "strict") == [1, 1]
     said = capfd.readouterr().out
     for rank in (0, 1):
         assert f"rank {rank}: DataError: " in said
@@ -441,15 +474,27 @@ def _zero_reason() -> str:
 
 # --- FAULTS 27: names that lead elsewhere, and members that run -------------------------------------------------------
 
-ADDRESSES = ["pipe:touch executed", " pipe:touch executed", "PIPE:touch executed", "pipe:touch executed;x.tar", "a::pipe:touch executed",
-             "http://127.0.0.1:1/x", "file:///etc", "s3://x"]  # fmt: skip
+ADDRESSES = [
+    "pipe:touch executed",
+    " pipe:touch executed",
+    "PIPE:touch executed",
+    "pipe:touch executed;x.tar",
+    "a::pipe:touch executed",
+    "http://127.0.0.1:1/x",
+    "file:///etc",
+    "s3://x",
+]
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_addresses_that_are_commands(address: str, in_tmp: Path) -> None:
-    for act in (open_source, build_index, lambda path: pack_folder(path, in_tmp / "out"),
-                lambda path: open_remote(path, transport="none"),
-                lambda path: open_remote(path, transport="webdataset") if "pipe" in path.lower() else open_source(path)):  # fmt: skip
+    for act in (
+        open_source,
+        build_index,
+        lambda path: pack_folder(path, in_tmp / "out"),
+        lambda path: open_remote(path, transport="none"),
+        lambda path: open_remote(path, transport="webdataset") if "pipe" in path.lower() else open_source(path),
+    ):
         with pytest.raises(LongskipError):
             act(address)
     assert not list(in_tmp.glob("executed*"))

@@ -22,7 +22,15 @@ from longskip.engine.secrets import hidden, holds_secret
 from longskip.errors import ConfigError, LongskipError
 from tests.ranks import small_config
 
-NAMES = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "MY_SECRET", "GITHUBTOKEN", "SSH_PASSPHRASE")
+NAMES = (
+    "HF_TOKEN",
+    "WANDB_API_KEY",
+    "AWS_SECRET_ACCESS_KEY",
+    "DB_PASSWORD",
+    "MY_SECRET",
+    "GITHUBTOKEN",
+    "SSH_PASSPHRASE",
+)
 
 
 def found_in(folder: Path, wanted: list[str]) -> list[str]:
@@ -72,21 +80,19 @@ def run(arguments: list[str], folder: Path, environment: dict[str, str]) -> tupl
     return process.returncode, output, watch.end()
 
 
-COMMANDS = [
-    pytest.param(["train"], id="train"),
-    pytest.param(["launch", "--local", "2", "--", "train"], id="launch", marks=pytest.mark.slow),
-]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["train"], ["launch", "--local", "2", "--", "train"]], ids=["train", "launch"])
 def test_a_run_and_its_report_hold_no_secret(command: list[str], tmp_path: Path, shapes: Path) -> None:
     """A training that saves, draws, evaluates and logs to TensorBoard; its report; and one that fails."""
     environment = {name: secrets.token_hex(16) for name in NAMES}
     wanted = list(environment.values())
     config = small_config(
-        shapes, train={"steps": 4, "name": "r"}, checkpoint={"every": 2}, logging={"every": 1, "samples_every": 4, "tensorboard": True,
-        "sample_steps": 2}, eval={"every": 4, "samples": 8},
-    )  # fmt: skip
+        shapes,
+        train={"steps": 4, "name": "r"},
+        checkpoint={"every": 2},
+        logging={"every": 1, "samples_every": 4, "tensorboard": True, "sample_steps": 2},
+        eval={"every": 4, "samples": 8},
+    )
     (tmp_path / "c.yaml").write_text(dump_yaml(config))
     code, output, lines = run([*command, "c.yaml"], tmp_path, environment)
     assert code == 0, output
@@ -110,7 +116,15 @@ URLS = [
     f"https://account.blob.core.windows.net/data?sv=2020&sig={PASSWORD}",
     f"https://host.example/data?access_token={PASSWORD}",
 ]
-KEYS = ["data.path", "data.validation", "data.cache", "train.init_from", "encoders.vae.path", "deepspeed.config", "eval.clip"]
+KEYS = [
+    "data.path",
+    "data.validation",
+    "data.cache",
+    "train.init_from",
+    "encoders.vae.path",
+    "deepspeed.config",
+    "eval.clip",
+]
 
 
 @pytest.mark.parametrize("url", URLS)
@@ -121,9 +135,16 @@ def test_a_url_with_a_password_is_refused_and_not_shown(url: str, tmp_path: Path
         with pytest.raises(ConfigError, match="password or a signature") as caught:
             load_config(tmp_path / "c.yaml", [f"{key}={url}"])
         assert PASSWORD not in str(caught.value) and key in str(caught.value)
-    for text in (f"data: {{mix: [{{path: '{url}'}}], shuffle: window, remote: fsspec}}", f"data: {{path: ['{url}']}}",
-                 f"logging: {{every: '{url}'}}", f"logging: {{prompts: ['{url}']}}", f"data: '{url}'", f"{{data: {{'{url}': 1}}}}",
-                 f"data: {{captions: {{'{url}': 1}}}}", f"data: [{url}"):  # fmt: skip
+    for text in (
+        f"data: {{mix: [{{path: '{url}'}}], shuffle: window, remote: fsspec}}",
+        f"data: {{path: ['{url}']}}",
+        f"logging: {{every: '{url}'}}",
+        f"logging: {{prompts: ['{url}']}}",
+        f"data: '{url}'",
+        f"{{data: {{'{url}': 1}}}}",
+        f"data: {{captions: {{'{url}': 1}}}}",
+        f"data: [{url}",
+    ):
         (tmp_path / "d.yaml").write_text(text)
         with pytest.raises(ConfigError) as caught:
             load_config(tmp_path / "d.yaml")

@@ -162,7 +162,9 @@ class _Headers(io.BufferedReader):
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= MAX_TAR_HEADER:
-            raise tarfile.ReadError(f"a header asks for {size} bytes at byte {self.tell()}, the limit is {MAX_TAR_HEADER}")
+            raise tarfile.ReadError(
+                f"a header asks for {size} bytes at byte {self.tell()}, the limit is {MAX_TAR_HEADER}"
+            )
         return super().read(size)
 
 
@@ -424,7 +426,9 @@ def _entry(item: dict[str, Any]) -> ShardEntry:
     sha256, members = item["sha256"], item.get("members", {})
     if not isinstance(sha256, str) or not SHA256.fullmatch(sha256):
         raise ValueError(f"{file}: the SHA-256 is {str(sha256)[:80]!r}")
-    if not isinstance(members, dict) or any(type(n) is not int or not 0 <= n <= item["count"] for n in members.values()):
+    if not isinstance(members, dict) or any(
+        type(n) is not int or not 0 <= n <= item["count"] for n in members.values()
+    ):
         raise ValueError(f"{file}: members is {str(members)[:80]}")
     of_table = item.get("table_sha256")
     if of_table is not None and not SHA256.fullmatch(str(of_table)):
@@ -436,7 +440,9 @@ def _shallow(value: Any, depth: int = 8) -> bool:
     """Whether a JSON value has at most so many mappings and lists within one another."""
     if not isinstance(value, (dict, list)):
         return True
-    return depth > 0 and all(_shallow(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value))
+    return depth > 0 and all(
+        _shallow(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value)
+    )
 
 
 def load_table(folder: Path, shard: ShardEntry) -> np.ndarray:

@@ -155,7 +155,9 @@ def _merged(intervals: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]
         if len(interval) != 2 or any(isinstance(end, bool) or not isinstance(end, int) for end in interval):
             raise DataError(f"skipped interval {interval!r}; it must be two integers [start, stop)")
         if not 0 <= interval[0] < interval[1] <= MAX_POSITION:
-            raise DataError(f"skipped interval {str(interval)[:80]}; it must satisfy 0 <= start < stop <= {MAX_POSITION}")
+            raise DataError(
+                f"skipped interval {str(interval)[:80]}; it must satisfy 0 <= start < stop <= {MAX_POSITION}"
+            )
     for start, stop in sorted(tuple(interval) for interval in intervals):
         if out and start <= out[-1][1]:
             out[-1] = (out[-1][0], max(out[-1][1], stop))

@@ -67,10 +67,13 @@ def checked_url(url: str) -> str:
     Raises ``ShardError`` for ``pipe:`` URLs, for chains (``a::b``), and for what is no URL.
     """
     if re.match(r"\s*pipe:", url, re.IGNORECASE):
-        raise ShardError(f"{hidden(url)!r} would run a command; pipes are never opened", cure="give an http(s):// or s3:// URL")
+        raise ShardError(
+            f"{hidden(url)!r} would run a command; pipes are never opened", cure="give an http(s):// or s3:// URL"
+        )
     if not is_url(url) or "::" in url:
         raise ShardError(
-            f"{hidden(url)!r} is not a URL of one folder of shards", cure="give scheme://host/folder, as in https:// or s3://"
+            f"{hidden(url)!r} is not a URL of one folder of shards",
+            cure="give scheme://host/folder, as in https:// or s3://",
         )
     parts = urlsplit(url)
     return urlunsplit(parts._replace(path=parts.path.removesuffix("/" + INDEX_NAME).rstrip("/")))

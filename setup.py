@@ -43,6 +43,7 @@ EXTRAS = {
         "mypy>=1.10",
         "types-PyYAML",
         "types-psutil",
+        "kubernetes-validate",  # Kubernetes's own schemas, for the manifests' tests
         "liger-kernel",
     ],
 }

@@ -105,7 +105,7 @@ class TextGroup(Group):
     def _shape_of_kind(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        n_tokens, width = _TEXT_SHAPES.get(value.get("kind", "words"), (16, 64))
+        n_tokens, width = _TEXT_SHAPES.get(str(value.get("kind", "words")), (16, 64))
         return {"n_tokens": n_tokens, "width": width} | value
 
     @property
@@ -375,8 +375,8 @@ class Config(Group):
         for key, value in leaves(self.model_dump()):
             if any(holds_secret(text) for text in (key, *_texts(value))):
                 raise ValueError(
-                    f"{hidden(key)} holds a URL with a password or a signature in it, which the run would write down; leave it out "
-                    "there, and put it where fsspec looks: ~/.netrc, the environment (AWS_*, AZURE_STORAGE_SAS_TOKEN), or "
+                    f"{hidden(key)} holds a URL with a password or a signature in it, which the run would write down; leave it "
+                    "out there, and put it where fsspec looks: ~/.netrc, the environment (AWS_*, AZURE_STORAGE_SAS_TOKEN), or "
                     "~/.config/fsspec"
                 )
         if any(side % self.factor for side in self.resolution):

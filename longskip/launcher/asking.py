@@ -10,6 +10,7 @@ import contextlib
 import os
 import select
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from longskip.launcher.launching import ENDED, STOP
 from longskip.launcher.rendering import BY_SSH, DEVICES, HERE, LAUNCHER
 
 LOOK_SECONDS = 0.5
+LAST_WORDS_SECONDS = 5.0
 # What the launchers set for their one process a node, and ranks must not take for their own.
 _OF_LAUNCHERS = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
@@ -53,12 +55,49 @@ def told_from_outside(environment: Mapping[str, str], node: int) -> Iterator[lis
     if folder is not None or watching:
         thread.start()
     try:
-        yield ended
+        with outlet() if environment.get(BY_SSH) else contextlib.nullcontext():
+            yield ended
     finally:
         over.set()
         if folder is not None and ended:
             with contextlib.suppress(OSError):  # the launch then says that it found no word
                 (folder / f"{ENDED}-{node}").write_text(str(ended[-1]), "ascii")
+
+
+@contextlib.contextmanager
+def outlet() -> Iterator[None]:
+    """While this is entered, what this process and those that it starts write goes through pipes which stay open when the
+    connection behind standard output ends: a rank must not die of a line that nobody reads before it has saved."""
+    ways: dict[int, int] = {}  # where it is read -> where it goes
+    for number in (1, 2):
+        real = os.dup(number)
+        read, write = os.pipe()
+        os.dup2(write, number)
+        os.close(write)
+        ways[read] = real
+    thread = threading.Thread(target=_pour, args=(dict(ways),), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        for number, real in zip((1, 2), ways.values(), strict=True):
+            os.dup2(real, number)  # ours was the last end to write to, unless a process is left
+        thread.join(LAST_WORDS_SECONDS)
+
+
+def _pour(ways: dict[int, int]) -> None:
+    while ways:
+        for read in select.select(list(ways), [], [])[0]:
+            data = os.read(read, 65536)
+            if not data:
+                del ways[read]
+            while data and ways[read] >= 0:
+                try:
+                    data = data[os.write(ways[read], data) :]
+                except OSError:
+                    ways[read] = -1  # nobody is there; the rest is read and lost
 
 
 def _open(launcher: str) -> int | None:

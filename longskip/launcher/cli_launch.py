@@ -62,19 +62,23 @@ def launch(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="show all that would be written and run, and stop")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="with --dry-run or --submit: one JSON object")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="with --dry-run, --submit or a preflight of this machine: one JSON object")
+    ] = False,
 ) -> None:
-    """Start a run anywhere: longskip launch --local 2 -- train CONFIG [a.b=c]...
+    """Start a run anywhere: on this machine, hosts, Slurm or Kubernetes.
 
     \b
-    longskip launch --hostfile F -- train CONFIG                      every node of F, over ssh (pdsh)
-    longskip launch --hostfile F --no-ssh --node-rank I -- train …    the same without ssh: run it on every node
-    longskip launch --on slurm --nodes 4 --gpus-per-node 8 --submit -- train CONFIG
-    longskip launch --on kubernetes --nodes 4 --gpus-per-node 8 --submit -- train CONFIG
+    longskip launch --local 2 -- train CONFIG
+    longskip launch --hostfile F -- train CONFIG
+    longskip launch --hostfile F --no-ssh --node-rank I -- train CONFIG
+    longskip launch --on slurm --nodes 4 --gpus-per-node 8 --submit -- …
 
-    Each way starts one supervisor a node, which starts that node's ranks again when they die, from the last commit; the
-    same launch goes on after any end. RUN/launch/ keeps what was rendered.
-    Exit codes: 0 done, 1 failed, 2 configuration, 75 saved on a signal (start again).
+    One supervisor on each node starts its ranks, and again when they die, from
+    the last commit. After any end the same launch goes on. RUN/launch/ keeps
+    what was rendered.
+
+    Exit codes: 0 done, 1 failed, 2 configuration, 75 saved (start again).
     """
     from longskip.launcher import launching
     from longskip.launcher.rendering import render
@@ -82,7 +86,7 @@ def launch(
     asked = {
         "local": local, "on": on, "via": via, "hostfile": hostfile, "nodes": nodes, "ranks": gpus_per_node,
         "launcher": launcher, "launcher_args": launcher_arg or [], "ssh": ssh, "node": node_rank, "master": master,
-        "setup": setup, "elastic": elastic, "min_nodes": min_nodes,
+        "setup": setup, "elastic": elastic, "as_json": as_json and preflight_only, "min_nodes": min_nodes,
         "preflight": "only" if preflight_only else {None: None, True: "yes", False: "no"}[preflight],
     }  # fmt: skip
     config, request = _request(context.args, asked)
@@ -103,7 +107,7 @@ def launch(
         _print_commands(request, rendered)
         return
     run = launching.run_of(config, request.train[0])
-    code = _here(config, request, rendered) if request.via == "none" else launching.start(rendered, request)
+    code = _here(request, rendered, as_json) if request.via == "none" else launching.start(rendered, request)
     if code == EXIT_USAGE:
         launching.sweep(run)
     raise typer.Exit(code)
@@ -128,11 +132,12 @@ def supervise(
         bool, typer.Option("--preflight/--no-preflight", help="look at every node before the first step")
     ] = True,
     preflight_only: Annotated[bool, typer.Option("--preflight-only", help="that, and stop")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="node 0 prints the preflight as one JSON object")] = False,
     packed: Annotated[
         str | None, typer.Option(metavar="WORD", help="all of these in one word that no shell reads")
     ] = None,
 ) -> None:
-    """One node's supervisor, as `longskip launch` starts it: its ranks are started, watched, and started again.
+    """One node's supervisor, as `longskip launch` starts it: it starts the node's ranks, and again when they die.
 
     Exit codes: 0 done, 1 failed, 2 configuration, 75 saved on a signal (start again).
     """
@@ -156,6 +161,7 @@ def supervise(
     what = Supervision(
         nodes=nodes, node=own, ranks=ranks, store=store, bind=bind, elastic=elastic, min_nodes=min_nodes,
         preflight="only" if preflight_only else "yes" if preflight else "no", arguments=tuple(context.args),
+        as_json=as_json,
     )  # fmt: skip
     outside = dict(os.environ)
     asking.clear(os.environ)
@@ -235,7 +241,7 @@ def _request(arguments: list[str], asked: dict[str, Any]) -> tuple[Config, Reque
         ssh=asked["ssh"], node=asked["node"], master=master, environment=passed_on(os.environ), elastic=asked["elastic"],
         min_nodes=asked["min_nodes"], preflight=asked["preflight"] or "yes",
         launcher_args=tuple(asked["launcher_args"]), setup=None if asked["setup"] is None else str(asked["setup"].absolute()),
-        kept_micro=launching.kept_micro(config, run),
+        kept_micro=launching.kept_micro(config, run), as_json=asked["as_json"],
     )  # fmt: skip
 
 
@@ -244,7 +250,7 @@ def _known(option: str, value: str, known: Any) -> None:
         raise ConfigError(f"{option} {value!r} is not known", cure=did_you_mean(value, known))
 
 
-def _here(config: Config, request: Request, rendered: Rendered) -> int:
+def _here(request: Request, rendered: Rendered, as_json: bool) -> int:
     """A supervisor in this process."""
     from longskip.launcher import asking, launching
     from longskip.launcher.supervisor import Supervision, supervise
@@ -256,6 +262,7 @@ def _here(config: Config, request: Request, rendered: Rendered) -> int:
         Supervision(
             nodes=1, node=0, ranks=request.cluster.ranks_per_node, store="127.0.0.1:0", bind=None,
             elastic=request.elastic, min_nodes=1, preflight=request.preflight, arguments=("train", *request.train),
+            as_json=as_json,
         )
     )  # fmt: skip
 

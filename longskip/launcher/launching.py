@@ -28,6 +28,8 @@ from longskip.errors import EXIT_DONE, EXIT_FAILED, EXIT_SAVED, EXIT_USAGE, Conf
 from longskip.launcher.rendering import DEVICES, HERE, LAUNCHER, Rendered, Request
 
 STOP, ENDED = "stop", "ended"
+FAREWELL_SECONDS = 60.0
+"""For the other nodes, after the first one's supervisor has ended; what is then still connected is cut off, and ends."""
 # What a program that is not here is called, and how it comes here.
 _CURES = {
     "pdsh": "apt install pdsh, or --no-ssh",
@@ -106,10 +108,15 @@ def start(rendered: Rendered, request: Request) -> int:
         )
         with _guarded(process.pid) if by_ssh else nullcontext():
             told = False
+            over: float | None = None
             while (code := process.poll()) is None:
                 if asked and not told:
                     write_atomic(folder / f"{STOP}{mine}", signal.Signals(asked[0]).name)
                     told = True
+                if by_ssh and (folder / f"{ENDED}-0").exists():
+                    over = over or time.monotonic()
+                    if time.monotonic() - over > FAREWELL_SECONDS:  # ssh waits for a node that is no more
+                        os.killpg(process.pid, signal.SIGKILL)
                 time.sleep(0.1)
     finally:
         for number, handler in handlers.items():

@@ -27,9 +27,9 @@ import longskip
 from longskip.engine.config import Config, leaves
 from longskip.engine.data.index import INDEX_NAME, check_shard, load_index
 from longskip.engine.data.plan import permute
+from longskip.engine.data.remote import RemoteSource, open_remote
 from longskip.engine.data.sources import open_source
-from longskip.engine.data.transport import is_url, shown
-from longskip.engine.opening import open_data
+from longskip.engine.data.transport import Patience, is_url, shown
 from longskip.engine.runs import RUNS
 from longskip.errors import LongskipError, ShardError
 
@@ -273,8 +273,9 @@ def data(config: Config, node: int) -> Probe:
         until = time.monotonic() + _DATA_SECONDS
         for name, path in named.items():
             if path:
-                found["sets"].append({"name": name, "path": shown(path) if is_url(path) else path})
-                found["sets"][-1].update(_data_set(config, path, node, until))
+                kind = _kind(path)
+                found["sets"].append({"name": name, "path": shown(path) if kind == "url" else path, "kind": kind})
+                found["sets"][-1].update(_data_set(config, path, kind, node, until))
 
     return probe
 
@@ -295,27 +296,45 @@ def _any_there(paths: list[str]) -> bool:
     return any(Path(path).expanduser().exists() for path in paths)
 
 
-def _data_set(config: Config, path: str, node: int, until: float) -> dict[str, Any]:
+def _kind(path: str) -> str:
+    if is_url(path):
+        return "url"
+    return "shards" if Path(path).name == INDEX_NAME or (Path(path) / INDEX_NAME).is_file() else "folder"
+
+
+def _data_set(config: Config, path: str, kind: str, node: int, until: float) -> dict[str, Any]:
     try:
-        if is_url(path):
-            source: Any = open_data(config, path, check=False)
-            index = source.index
-            return _told("url", len(index.shards), index.total, index.fingerprint())
-        folder = Path(path).parent if Path(path).name == INDEX_NAME else Path(path)
-        if (folder / INDEX_NAME).is_file():
-            return shards(folder, node, until)
-        pictures = open_source(folder, fields=config.data.captions)
-        return _told("folder", 0, len(pictures), pictures.fingerprint())
+        if kind == "url":
+            index = _remote(config, path).index
+            return _told(len(index.shards), index.total, index.fingerprint())
+        if kind == "shards":
+            return shards(Path(path).parent if Path(path).name == INDEX_NAME else Path(path), node, until)
+        pictures = open_source(path, fields=config.data.captions)
+        return _told(0, len(pictures), pictures.fingerprint())
     except LongskipError as error:
         return {"error": error.message, "cure": error.cure or ""}
     except OSError as error:
         return {"error": f"{path} cannot be read: {error}", "cure": "mount it, or give the job the right to read it"}
 
 
+def _remote(config: Config, url: str) -> RemoteSource:
+    """The source as a run opens it, but given up soon."""
+    data = config.data
+    return open_remote(
+        url,
+        transport=data.remote,
+        cache=data.cache,
+        cache_gib=data.cache_gib,
+        window_shards=data.window_shards,
+        seed=config.train.seed,
+        patience=Patience(attempts=2, silence=3.0, total=_DATA_SECONDS),
+    )
+
+
 def shards(folder: Path, node: int, until: float) -> dict[str, Any]:
     """An indexed folder: all shards and tables listed, and as many opened as there is time for, other ones on other nodes."""
     index = load_index(folder, check=False)
-    told = _told("shards", len(index.shards), index.total, index.fingerprint()) | {"checked": 0}
+    told = _told(len(index.shards), index.total, index.fingerprint()) | {"checked": 0}
     there: dict[Path, set[str]] = {}
     missing = []
     for entry in index.shards:
@@ -337,5 +356,5 @@ def shards(folder: Path, node: int, until: float) -> dict[str, Any]:
     return told
 
 
-def _told(kind: str, n_shards: int, samples: int, fingerprint: str) -> dict[str, Any]:
-    return {"kind": kind, "shards": n_shards, "samples": samples, "fingerprint": fingerprint}
+def _told(n_shards: int, samples: int, fingerprint: str) -> dict[str, Any]:
+    return {"shards": n_shards, "samples": samples, "fingerprint": fingerprint}

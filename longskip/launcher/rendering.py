@@ -66,7 +66,7 @@ class Request:
     ``master`` is the first node's address for the others, ``node`` the node whose command is wanted (no ssh, torchrun),
     ``environment`` what the ranks get beside ``launch.environment``. ``launcher_args`` are options of the user's for pdsh,
     mpirun or srun, ``setup`` a shell file of theirs that Slurm's script reads (neither is a setting: a configuration runs
-    nothing). ``kept_micro`` is the micro-batch of a run that is there already.
+    nothing). ``kept_micro`` is the micro-batch of a run that is there already. ``as_json``: of the preflight.
     """
 
     on: On
@@ -87,6 +87,7 @@ class Request:
     launcher_args: tuple[str, ...] = ()
     setup: str | None = None
     kept_micro: int | None = None
+    as_json: bool = False
 
     @property
     def kept(self) -> str:
@@ -163,6 +164,7 @@ def supervise_words(request: Request, *, node: str, store: str) -> tuple[str, ..
     if request.elastic:
         words += ["--elastic", "--min-nodes", str(request.min_nodes)]
     words += {"yes": ["--preflight"], "no": ["--no-preflight"], "only": ["--preflight-only"]}[request.preflight]
+    words += ["--json"] if request.as_json else []
     return (*words, "--", "train", *request.train)
 
 

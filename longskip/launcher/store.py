@@ -100,25 +100,33 @@ def _tcp_store() -> Any:
 class Exchange:
     """Says this node's newest word under ``key`` and hears those under ``others``, every ``TURN_SECONDS``, in a thread.
 
-    ``connect`` opens the store, and again after a failure: a client's answer is waited for ``CONNECT_SECONDS`` at the most.
-    ``age()`` is the time since the last answer.
+    ``connect`` opens the store, and again after a failure. A client whose server has gone silent waits for ever (after its
+    own time-out it waits for the server to take notice of that): a thread that has had no answer for ``renew_after`` seconds
+    is left to itself, and another begins with a new connection. ``age()`` is the time since the last answer.
     """
 
-    def __init__(self, connect: Callable[[], Any], key: str, others: Sequence[str]) -> None:
-        self._connect, self._key, self._others = connect, key, list(others)
+    def __init__(
+        self, connect: Callable[[], Any], key: str, others: Sequence[str], *, renew_after: float = CONNECT_SECONDS
+    ) -> None:
+        self._connect, self._key, self._others, self._renew_after = connect, key, list(others), renew_after
         self._word = "{}"
         self._said = ""
         self._heard: dict[str, Any] = {}
-        self._answered = time.monotonic()
+        self._answered = self._begun = time.monotonic()
         self._turn = threading.Condition()
-        self._closed = False
+        self._thread = 0
         self.connected = False
         self.failure = ""
-        threading.Thread(target=self._talk, name="longskip-exchange", daemon=True).start()
+        self._begin()
 
-    def _talk(self) -> None:
+    def _begin(self) -> None:
+        self._thread += 1
+        self._begun = time.monotonic()
+        threading.Thread(target=self._talk, args=(self._thread,), name="longskip-exchange", daemon=True).start()
+
+    def _talk(self, me: int) -> None:
         store = None
-        while not self._closed:
+        while me == self._thread:
             try:
                 store = store or self._connect()
                 word = self._word
@@ -130,6 +138,8 @@ class Exchange:
                 time.sleep(TURN_SECONDS)
                 continue
             with self._turn:
+                if me != self._thread:
+                    return
                 self._heard, self._said, self._answered, self.connected = heard, word, time.monotonic(), True
                 self._turn.notify_all()
             time.sleep(max(TURN_SECONDS, len(self._others) / 200))
@@ -140,6 +150,8 @@ class Exchange:
 
     def hear(self) -> dict[str, Any]:
         """The newest words of the others, by key; without those that have said nothing, or nothing readable."""
+        if time.monotonic() - max(self._answered, self._begun) > self._renew_after:
+            self._begin()
         return {key: word for key, word in self._heard.items() if word}
 
     def age(self) -> float:
@@ -157,7 +169,7 @@ class Exchange:
 
     def close(self) -> None:
         """Begin no further turn."""
-        self._closed = True
+        self._thread += 1
 
 
 def _parsed(value: bytes) -> Any:

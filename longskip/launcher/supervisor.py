@@ -39,6 +39,7 @@ class Supervision:
 
     ``ranks`` are those of one node, ``store`` is ``host:port`` of node 0's store (port 0 with one node: any free one),
     ``bind`` the address that node 0 serves it at (None: the store's host), ``arguments`` are ``train CONFIG a.b=c …``.
+    ``as_json``: node 0 prints the preflight as one JSON object.
     """
 
     nodes: int
@@ -50,6 +51,7 @@ class Supervision:
     min_nodes: int
     preflight: Literal["yes", "no", "only"]
     arguments: tuple[str, ...]
+    as_json: bool = False
 
 
 def supervise(what: Supervision) -> int:
@@ -108,11 +110,13 @@ class Supervisor:
             self.chronicle.lock()
             self.leader = Leader(self._terms(), self.session, time.monotonic())
             server: list[Any] = []
+            serving = threading.Lock()
 
             def serve() -> Any:
-                if not server:
-                    server.append(store.open_server(listening, self.endpoint, ["plan", *nodes]))
-                return server[0]
+                with serving:  # loading torch may take longer than a thread of the exchange is waited for
+                    if not server:
+                        server.append(store.open_server(listening, self.endpoint, ["plan", *nodes]))
+                    return server[0]
 
             self.exchange = store.Exchange(serve, "plan", nodes)
         else:
@@ -334,7 +338,7 @@ class Supervisor:
                 quick=what.nodes == 1 and what.preflight != "only",
             )  # fmt: skip
             if what.node == 0:
-                preflight.print_outcome(outcome, brief=what.preflight != "only")
+                preflight.print_outcome(outcome, as_json=what.as_json, brief=what.preflight != "only")
             outcome.refuse()
             self.checked = "ok"
         except LongskipError as error:

@@ -152,14 +152,15 @@ def _probes(facts: Sequence[Facts], needs: Needs) -> Iterable[Finding]:
             failed.setdefault((probe, why), []).append(each.node)
     for (probe, why), nodes in failed.items():
         what, cure = _PROBES.get(probe, (probe, "look at that node"))
-        # A large folder of pictures may take its time; what could be read of it is judged below.
-        slow = probe == "data" and "hangs" in why and all(_began(each) for each in facts if each.node in nodes)
+        # A large folder of pictures takes its time to be listed, and the ranks will have it.
+        slow = probe == "data" and "hangs" in why and all(_listing(each) for each in facts if each.node in nodes)
         status: Status = "warning" if slow else "failed"
         yield Finding(what, status, f"{why} on {named(nodes)}", "an answer in time", cure, tuple(nodes))
 
 
-def _began(facts: Facts) -> bool:
-    return bool(facts.of("data").get("sets"))
+def _listing(facts: Facts) -> bool:
+    """Whether a plain folder of pictures is what the data's probe had come to."""
+    return any(each.get("kind") == "folder" for each in facts.of("data").get("sets", [])[-1:])
 
 
 def _planned(facts: Sequence[Facts], needs: Needs) -> Iterable[Finding]:

@@ -313,8 +313,8 @@ DATA_FAULTS = (
                 (
                     Patch(
                         "longskip/engine/fields.py",
-                        "Above = Annotated[float, BeforeValidator(_number), Field(gt=0.0, allow_inf_nan=False)]",
-                        "Above = Annotated[float, BeforeValidator(_number), Field(gt=0.0)]",
+                        "Rate = Annotated[float, BeforeValidator(_number), Field(ge=0.0, allow_inf_nan=False)]",
+                        "Rate = Annotated[float, BeforeValidator(_number), Field(ge=0.0)]",
                     ),
                 ),
             ),

@@ -315,6 +315,7 @@ PROCESS_FAULTS = (
         (
             "tests/engine/test_faults_and_runs.py::test_local_ranks_listen_on_loopback_only",
             f"{SUPERVISOR}::test_fault_24_the_store_listens_at_the_chosen_address_only",
+            "tests/faults/test_listening.py::test_a_store_beyond_loopback_is_told_of_and_one_on_loopback_is_not",
         ),
         (
             Defence(
@@ -336,6 +337,17 @@ PROCESS_FAULTS = (
                         "longskip/launcher/store.py",
                         "socket.create_server(target[:2], family=family",
                         'socket.create_server(("0.0.0.0", target[1]), family=family',
+                    ),
+                ),
+            ),
+            Defence(
+                "a store that others reach is told of",
+                ("tests/faults/test_listening.py::test_a_store_beyond_loopback_is_told_of_and_one_on_loopback_is_not",),
+                (
+                    Patch(
+                        "longskip/launcher/supervisor.py",
+                        "        if not is_loopback(self.endpoint.local):\n            say(",
+                        "        if False:\n            say(",
                     ),
                 ),
             ),

@@ -191,6 +191,16 @@ def test_a_word_that_an_earlier_launch_left_is_none_of_this_one(tmp_path: Path) 
     assert started(tmp_path, ENDS.format({"0": "0", "1": "75"}, 0), node=1) == 75
 
 
+def test_a_launch_does_not_wait_for_a_node_that_is_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(tmp_path, "pdsh", "")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr(launching, "FAREWELL_SECONDS", 1.0)
+    code = "import sys, time\nopen(sys.argv[1] + '/ended-0', 'w').write('0')\ntime.sleep(600)"
+    began = time.monotonic()
+    assert started(tmp_path, code, ssh=True, node=None) == 0
+    assert time.monotonic() - began < 300
+
+
 SEES_THE_STOP = """
 import pathlib, sys, time
 stop = pathlib.Path(sys.argv[1]) / {!r}
@@ -325,6 +335,25 @@ def test_the_end_of_the_connection_is_the_launches_end(tmp_path: Path) -> None:
     assert process.poll() is None
     process.stdin.close()
     assert process.wait(timeout=30) == 75 and not (tmp_path / "ended-0").exists()
+
+
+def test_a_rank_does_not_die_of_a_connection_that_ended(tmp_path: Path) -> None:
+    """Its output goes through the supervisor: all of it arrives while somebody reads, and afterwards nothing breaks."""
+    rank = "import sys, time\nfor i in range(20): print('line', i, flush=True); time.sleep(0.1)\nsys.exit(75)"
+    code = (
+        "import subprocess, sys\nfrom longskip.launcher.asking import outlet\nwith outlet():\n"
+        f"    code = subprocess.run([sys.executable, '-c', {rank!r}]).returncode\n"
+        "    print('ended', flush=True)\nopen(sys.argv[1], 'w').write(str(code))\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "code")]
+    heard = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert heard.stdout.splitlines() == [*(f"line {i}" for i in range(20)), "ended"] and heard.returncode == 0
+    (tmp_path / "code").unlink()
+    deaf = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert deaf.stdout is not None and deaf.stderr is not None and deaf.stdout.readline() == b"line 0\n"
+    deaf.stdout.close()
+    deaf.stderr.close()
+    assert deaf.wait(timeout=60) == 0 and (tmp_path / "code").read_text() == "75"
 
 
 def test_supervise_refuses(longskip: Longskip) -> None:

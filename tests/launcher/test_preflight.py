@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longskip.engine.fitting import Memory
+from longskip.engine.ports import free_port
 from longskip.errors import EXIT_USAGE, ConfigError, PreflightError, RendezvousError
 from longskip.launcher import preflight
 from longskip.launcher.facts import Facts
@@ -123,7 +124,8 @@ ALTERED: list[tuple[dict[str, Any], str, str, list[str]]] = [
     ({"interconnect/right": False}, "interconnect", "failed", ["wrong sum"]),
     ({"interconnect/inward": 2e9}, "interconnect", "warning", ["2 GB/s", "45 GB/s"]),
     ({"failed/data": "hangs: no answer within 12 s", "data/sets": []}, "data", "failed", ["hangs", "12 s"]),
-    ({"failed/data": "hangs: no answer within 12 s"}, "data", "warning", ["hangs"]),  # readable so far, and large
+    ({"failed/data": "hangs: no answer within 12 s"}, "data", "failed", ["hangs"]),
+    ({"failed/data": "hangs: no answer within 12 s", "data/sets/1/kind": "folder"}, "data", "warning", ["hangs"]),
     ({"failed/interconnect": "RuntimeError: no all-reduce"}, "interconnect", "failed", ["no all-reduce", "GLOO_SOCKET_IFNAME"]),
     ({"failed/devices": "hangs: no answer within 8 s"}, "devices", "failed", ["hangs", "8 s"]),
 ]  # fmt: skip
@@ -579,6 +581,44 @@ def test_node_that_never_comes(shapes: Path, in_tmp: Path) -> None:
         preflight.check(
             MemoryStore(), node=1, members=range(2), ranks=1, config=small_config(shapes), run=in_tmp / "a", quick=True
         )
+
+
+def _command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "longskip.launcher", *words]
+
+
+def _yaml(path: Path, shapes: Path) -> Path:
+    from longskip.engine.configio import dump_yaml
+
+    path.write_text(dump_yaml(small_config(shapes)))
+    return path
+
+
+@pytest.mark.slow
+def test_launch_stops_after_a_preflight_where_it_was_asked_to(shapes: Path, in_tmp: Path) -> None:
+    config = _yaml(in_tmp / "run.yaml", shapes)
+    words = ["launch", "--local", "2", "--preflight-only", "--json", "--", "train", str(config)]
+    ended = subprocess.run(_command(*words), capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    told = json.loads(ended.stdout)
+    assert told["refused"] is False and {"data", "disk", "memory"} <= {each["what"] for each in told["findings"]}
+    assert not (in_tmp / "runs" / "run" / "config.yaml").exists()  # no rank was started
+    ended = subprocess.run(_command(*words, "data.path=/nowhere"), capture_output=True, text=True, timeout=120)
+    assert ended.returncode == EXIT_USAGE and json.loads(ended.stdout)["refused"] is True
+    assert "/nowhere does not exist" in ended.stderr and "cure: " in ended.stderr
+
+
+@pytest.mark.slow
+def test_supervisors_with_other_settings_all_refuse(shapes: Path, in_tmp: Path) -> None:
+    config, port = _yaml(in_tmp / "run.yaml", shapes), free_port()
+    words = ["supervise", "--nodes", "2", "--ranks", "1", "--store", f"127.0.0.1:{port}"]
+    other = ["--", "train", str(config), "optim.lr=0.5"]
+    lines = [_command(*words, "--node", "0", *other[:-1]), _command(*words, "--node", "1", *other)]
+    nodes = [subprocess.Popen(line, stderr=subprocess.PIPE, text=True) for line in lines]
+    said = [node.communicate(timeout=120)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [EXIT_USAGE, EXIT_USAGE], said
+    assert all("optim.lr differs on node 1" in each for each in said)
+    assert not any((in_tmp / "runs").glob("*/config.yaml"))
 
 
 def test_torch_is_not_imported_for_a_node_alone(shapes: Path, in_tmp: Path) -> None:

@@ -298,6 +298,34 @@ def test_folder_of_pictures_and_files_that_are_not_there(tmp_path: Path) -> None
     assert found_by(probes.data(config, 0))["files"] == {}
 
 
+def test_data_at_a_url_are_counted_and_a_dead_server_is_told_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fsspec")
+    from tests.engine.remote_server import SAMPLES, Server, write_folder
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = Server(write_folder(tmp_path / "shards"))
+    groups: dict[str, Any] = {
+        "data": {
+            "path": server.url, "validation": None, "shuffle": "window", "remote": "fsspec", "cache": str(tmp_path / "cache")
+        }
+    }  # fmt: skip
+    try:
+        (told,) = found_by(probes.data(small_config(tmp_path, **groups), 0))["sets"]
+        index = load_index(tmp_path / "shards")
+        assert (told["kind"], told["samples"], told["shards"]) == ("url", SAMPLES, len(index.shards))
+        assert told["fingerprint"] == index.fingerprint()
+    finally:
+        server.close()
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes connections and says nothing
+        groups["data"]["path"] = f"http://127.0.0.1:{silent.getsockname()[1]}/data"
+        began = time.monotonic()
+        (told,) = found_by(probes.data(small_config(tmp_path, **groups), 0))["sets"]
+    assert told["kind"] == "url" and "index.json" in told["error"]
+    assert time.monotonic() - began < 30
+
+
 # --- the run folder -----------------------------------------------------------------------------------------------------
 
 
@@ -451,22 +479,22 @@ def test_process_that_cannot_measure_says_why(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_process_dies_with_its_node() -> None:
-    """A node that is killed leaves no process behind."""
+    """A node that is killed leaves no process behind, not even one that waits for the others."""
+    order = json.dumps({"rank": 0, "world": 2, "cuda": False, "address": "127.0.0.1"})
     code = (
         "import subprocess, sys, time\n"
-        "process = subprocess.Popen([sys.executable, '-m', 'longskip.launcher.reduction'], stdin=subprocess.PIPE)\n"
+        "process = subprocess.Popen([sys.executable, '-m', 'longskip.launcher.reduction'], stdin=subprocess.PIPE, text=True)\n"
+        f"process.stdin.write({order!r} + chr(10))\nprocess.stdin.flush()\n"
         "print(process.pid, flush=True)\ntime.sleep(60)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     child = psutil.Process(int(parent.stdout.readline()))
-    until = time.monotonic() + 30
-    while "torch" not in " ".join(each.path for each in child.memory_maps()) and time.monotonic() < until:
-        time.sleep(0.1)
+    assert json.loads(parent.stdout.readline())["port"]  # now it waits for the second, for SECONDS
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    gone, alive = psutil.wait_procs([child], timeout=10)
+    gone, alive = psutil.wait_procs([child], timeout=reduction.SECONDS / 2)
     assert gone and not alive
 
 

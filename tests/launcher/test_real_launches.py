@@ -175,7 +175,7 @@ def test_hostfile_over_mpirun(home: Path, ssh: Path) -> None:
 
 
 def test_deepspeed_without_ssh_started_on_each_node(home: Path) -> None:
-    options = ("--hostfile", "hosts", "--no-ssh", "--no-preflight")
+    options = ("--hostfile", "hosts", "--no-ssh")
     both = ended(*(launch(*options, "--node-rank", str(node), "--", "train", "run.yaml") for node in (0, 1)))
     run = home / "runs" / "run"
     assert [code for code, _ in both] == [0, 0] and status(run) == "done", both

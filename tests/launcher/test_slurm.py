@@ -47,8 +47,8 @@ port=$((29400 + SLURM_JOB_ID % 1000 * 2))
 # A cancelled job waits for its ranks, which save, and is not queued again.
 cancelled=
 trap 'cancelled=yes' TERM
-srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=16 --kill-on-bad-exit=0 --wait=60 /env/bin/python -m longskip.launcher \
-supervise --nodes 2 --node auto --ranks 2 --store "$first:$port" --preflight -- train run.yaml optim.lr=1e-3
+srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=16 --kill-on-bad-exit=0 --wait=60 /env/bin/python -m \
+longskip.launcher supervise --nodes 2 --node auto --ranks 2 --store "$first:$port" --preflight -- train run.yaml optim.lr=1e-3
 code=$?
 if [ "$code" -eq 75 ] && [ -z "$cancelled" ]; then
   scontrol requeue "$SLURM_JOB_ID"

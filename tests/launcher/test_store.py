@@ -72,8 +72,8 @@ def test_eight_of_eight_restarts_come_up_on_one_store(port: int, tmp_path: Path)
     figure(f"8 of 8 restarts of 2 ranks came up on the same store, {(time.monotonic() - begin) / 8:.1f} s each")
 
 
-def exchange(port: int, key: str, others: list[str]) -> store.Exchange:
-    return store.Exchange(lambda: store.open_client("127.0.0.1", port)[0], key, others)
+def exchange(port: int, key: str, others: list[str], **how: Any) -> store.Exchange:
+    return store.Exchange(lambda: store.open_client("127.0.0.1", port)[0], key, others, **how)
 
 
 def until(condition: Any, seconds: float = 30) -> None:
@@ -126,7 +126,7 @@ class Silent:
 
 def test_a_link_that_falls_silent_holds_nobody_up_and_is_found_again(port: int) -> None:
     way = Silent(port)
-    one, two = exchange(way.port, "plan", ["node/1"]), exchange(port, "node/1", ["plan"])
+    one, two = exchange(way.port, "plan", ["node/1"], renew_after=2.0), exchange(port, "node/1", ["plan"])
     try:
         one.say({"n": 1})
         two.say({"m": 1})

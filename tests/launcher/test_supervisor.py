@@ -158,6 +158,7 @@ def test_numbers_of_attempts_go_on_when_the_command_is_given_again(in_tmp: Path)
     assert attempts(one) == [1, 2]
 
 
+@pytest.mark.slow
 def test_two_supervisors_on_one_machine_pass_signals_on_and_restart_together(in_tmp: Path) -> None:
     """Two nodes' supervisors, met at a store on loopback: a death on one, then a signal to the other."""
     run, place = in_tmp / "runs" / "r", free_place()

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import HypothesisWarning
 
-FAST, SLOW = 60, 1500
+FAST, SLOW = 60, 600
 CASES = [FAST, pytest.param(SLOW, marks=pytest.mark.slow)]
 """Cases of each target: few and always the same in the fast suite, many and new ones every time in the slow one."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from longskip.engine.config import BatchPlan, Config
 from longskip.engine.data.tokens import Vocabulary
 from longskip.engine.distributed import World, import_deepspeed
 from longskip.engine.fitting import reduce_bucket
+from longskip.engine.jsonfiles import read_object
 from longskip.engine.optim import AdamW, parameter_groups
 from longskip.engine.shards import Kind, Shards
 from longskip.engine.vocabulary import words_of
@@ -100,12 +100,9 @@ _TUNABLE = {
 
 def _read_user(path: Path) -> dict[str, Any]:
     try:
-        user = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"deepspeed.config: cannot read {path} ({error})") from None
-    if not isinstance(user, dict):
-        raise ConfigError(f"deepspeed.config: {path} holds no JSON object")
-    return user
+        return read_object(path, ConfigError, limit=1 << 20)
+    except ConfigError as error:
+        raise ConfigError(f"deepspeed.config: {error.message}") from None
 
 
 def _merge_user(user: dict[str, Any], ours: dict[str, Any], name: str, path: str = "") -> dict[str, Any]:

@@ -86,6 +86,11 @@ class Draft:
         self.temporary = self.checkpoints / f"step-{self.step:08d}.tmp"
         self.disk = Disk(self.step)
         self._files: dict[str, dict[str, Any]] = {}
+        # Now and not in the thread: at stage 3 DeepSpeed gathers a parameter that is looked at while a forward pass runs.
+        self._model = {
+            "model": _specs_of(self.shards.model),
+            "tensors": {name: list(shape) for name, _, _, shape in self.shards.model.canonical()},
+        }
 
     def open(self, **told: Any) -> list[dict[str, Any]]:
         """Make room for it; returns what each rank ``told``, in their order."""
@@ -171,8 +176,7 @@ class Draft:
             "step": self.step,
             "world": self.shards.world,
             "zero_stage": self.shards.stage,
-            "model": _specs_of(self.shards.model),
-            "tensors": {name: list(shape) for name, _, _, shape in self.shards.model.canonical()},
+            **self._model,
             "files": files,
         }
         manifest["sha256"] = _own_sha256(manifest)

@@ -77,7 +77,7 @@ class KubernetesGroup(Group):
     ``volumes``: persistent volume claim → folder where it is mounted; ``folder``, under one of them, is where ``runs/`` and
     relative data paths stand. ``gpu`` is the resource that a pod has as many of as ranks, none for ranks on CPUs.
     ``env_from``: a Secret of yours whose keys become environment variables, ``pull_from``: one that opens the image's
-    registry. ``cpus``, ``memory`` (``200Gi``) of a pod. ``retries``: of pods that ended without an exit code of ours.
+    registry. ``cpus``, ``memory`` (``200Gi``) of a pod. ``retries``: of each pod that fails, but for a wrong configuration.
     """
 
     image: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:@-]*$", max_length=512)] | None = None

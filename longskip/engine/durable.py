@@ -32,13 +32,21 @@ class Disk:
         self._stopped.set()
 
     def write(self, path: Path, fill: Callable[[BinaryIO], Any]) -> dict[str, Any]:
-        """A new file of what ``fill`` writes, on the disk when this returns: ``{"bytes", "sha256"}``."""
+        """A new file of what ``fill`` writes, on the disk when this returns: ``{"bytes", "sha256"}``.
+
+        An OSError names the file, how far it came and what is free.
+        """
         with open(path, "xb", buffering=0) as file:
             hashed = _Hashed(file, self._next)
-            with io.BufferedWriter(hashed, CHUNK) as buffered:
-                fill(buffered)
-            self._next()
-            os.fsync(file.fileno())
+            try:
+                with io.BufferedWriter(hashed, CHUNK) as buffered:
+                    fill(buffered)
+                self._next()
+                os.fsync(file.fileno())
+            except OSError as error:
+                free = shutil.disk_usage(path.parent).free
+                text = f"{error.strerror} after {hashed.bytes:,} bytes, {free:,} are free"
+                raise OSError(error.errno, text, str(path)) from None
         return {"bytes": hashed.bytes, "sha256": hashed.digest.hexdigest()}
 
     def write_text(self, path: Path, text: str) -> dict[str, Any]:

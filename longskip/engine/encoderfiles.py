@@ -138,12 +138,18 @@ def text_group(
             cure=f"set encoders.text.n_tokens to {limit} or fewer",
         )
     n_tokens = n_tokens or limit or 120
-    return TextGroup(kind=kind, path=str(files.folder), width=width, n_tokens=n_tokens, too_long=too_long)
+    try:
+        return TextGroup(kind=kind, path=str(files.folder), width=width, n_tokens=n_tokens, too_long=too_long)
+    except ValueError as error:
+        raise EncoderError(f"{files.folder / 'config.json'} is malformed: {error}") from error
 
 
 def vocabulary_size(files: EncoderFiles) -> int:
     """How many token ids the text encoder knows."""
-    return int(_text_settings(files.settings).get("vocab_size", 0))
+    size = _text_settings(files.settings).get("vocab_size", 0)
+    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        raise EncoderError(f"{files.folder / 'config.json'} is malformed: vocab_size is {str(size)[:80]}")
+    return size
 
 
 def check_vae(group: VaeGroup) -> EncoderFiles:

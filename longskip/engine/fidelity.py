@@ -125,7 +125,7 @@ class Statistics:
             about = json.loads(str(parts["about"][()]))
             found = Statistics(parts["mean"], parts["covariance"], parts["features"], about, file_sha256(path))
             _check_parts(found)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise DataError(f"{path} is no statistics file: {error}", cure=cure) from error
         return found
 

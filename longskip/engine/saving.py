@@ -24,7 +24,7 @@ from longskip.engine.shards import Shards
 from longskip.engine.snapshot import Snapshot
 from longskip.errors import CheckpointError
 
-PATIENCE = 2.0  # seconds that a rank which fails waits for its thread to notice
+PATIENCE = 2.0  # seconds that a rank which fails waits for its thread
 
 
 @dataclass(frozen=True)
@@ -160,10 +160,15 @@ class Saving:
         self._snapshot = None
 
     def close(self) -> None:
-        """At the end of a rank that does not reach the others any more: what is half-way is given up."""
+        """At the end of a rank that does not reach the others any more: what is half-way is given up.
+
+        Where all parts are there the first rank still commits them, if that is soon done.
+        """
         if (run := self._running) is not None and run.thread is not None:
-            run.draft.disk.stop()
+            if not run.committing:
+                run.draft.disk.stop()
             run.thread.join(PATIENCE)
+            run.draft.disk.stop()
 
     # --- the way of a save in the background --------------------------------------------------------------------------
 

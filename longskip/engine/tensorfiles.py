@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ _CODES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 _OF_CODE = {code: dtype for dtype, code in _CODES.items()}
+_BESIDE = re.compile(r"[^/\\\x00]+\.safetensors")
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _PICKLED = ("*_model_states.pt", "*_optim_states.pt", "*/*_model_states.pt", ".metadata", "*/.metadata", "*.distcp")
 
@@ -216,7 +218,7 @@ def parts_of(path: Path) -> list[Path]:
         names = sorted(set(listed.values()))  # type: ignore[union-attr]
     except (TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is no index of safetensors files: {error}") from None
-    strange = [name for name in names if not isinstance(name, str) or Path(name).name != name or "\0" in name]
+    strange = [name for name in names if not isinstance(name, str) or not _BESIDE.fullmatch(name)]
     if strange or not names:
         raise CheckpointError(f"{path} names {strange[:1] or 'no file'}; an index names files beside itself")
     return [path.with_name(name) for name in names]

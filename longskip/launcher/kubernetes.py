@@ -16,7 +16,7 @@ import yaml
 
 from longskip.engine.config import Config
 from longskip.engine.configio import dump_yaml
-from longskip.errors import EXIT_FAILED, EXIT_SAVED, EXIT_USAGE, ConfigError
+from longskip.errors import EXIT_SAVED, EXIT_USAGE, ConfigError
 from longskip.launcher.rendering import MODULE, Rendered, Request, supervise_words, told_by
 
 MANIFEST = "job.yaml"
@@ -103,7 +103,8 @@ def manifests(config: Config, request: Request) -> list[dict[str, Any]]:
         "completionMode": "Indexed",
         "completions": request.cluster.nodes,
         "parallelism": request.cluster.nodes,
-        "backoffLimit": group.retries,
+        "backoffLimit": group.retries
+        * request.cluster.nodes,  # a lost node ends the supervisors of all others, each with 1
         "podFailurePolicy": {"rules": _rules()},
         "template": {"metadata": {"labels": labels}, "spec": pod},
     }
@@ -126,7 +127,8 @@ def name_of(run: str) -> str:
 
 
 def _rules() -> list[dict[str, Any]]:
-    """A pod that was put down with its node is made again, one that saved as well; what would fail again ends the job."""
+    """A pod that was put down with its node is made again, one that saved as well; a wrong configuration ends the job. Any
+    other end counts against the job's retries."""
     return [
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
         {
@@ -135,7 +137,7 @@ def _rules() -> list[dict[str, Any]]:
         },
         {
             "action": "FailJob",
-            "onExitCodes": {"containerName": "longskip", "operator": "In", "values": [EXIT_FAILED, EXIT_USAGE]},
+            "onExitCodes": {"containerName": "longskip", "operator": "In", "values": [EXIT_USAGE]},
         },
     ]
 

@@ -212,6 +212,14 @@ def _check(config: Config, request: Request) -> None:
         raise ConfigError(f"--node-rank {request.node} is not one of 0 … {request.cluster.nodes - 1}")
     if not 1 <= request.min_nodes <= request.cluster.nodes:
         raise ConfigError(f"--min-nodes {request.min_nodes} is not one of 1 … {request.cluster.nodes}")
+    if request.min_nodes > 1 and not request.elastic:
+        raise ConfigError(
+            "--min-nodes has no effect: without --elastic all nodes are needed", cure="--elastic, or leave it out"
+        )
+    if request.launcher_args and not _by_ssh(request):
+        raise ConfigError(
+            "--launcher-arg has no effect: it is for pdsh, mpirun and srun with --on hosts", cure="leave it out"
+        )
     if not request.train:
         raise ConfigError("launch starts ranks of train only", cure="longskip launch --local 2 -- train CONFIG")
     for word in request.train:
@@ -330,6 +338,8 @@ def _deepspeed_everywhere(config: Config, request: Request) -> Rendered:
         "slurm": [f"--nodes={request.cluster.nodes}", "--ntasks-per-node=1", "--cpu-bind=none", "--kill-on-bad-exit=0"],
     }[request.runner]
     options = ["--force_multi", "--no_ssh_check", "--launcher", request.runner]
+    if config.launch.ssh_port is not None and request.runner == "openmpi":
+        extra += ["--mca", "plm_rsh_args", f"-p {config.launch.ssh_port}"]
     if arguments := [*extra, *request.launcher_args]:
         options.append(f"--launcher_args={shlex.join(arguments)}")  # the runner splits it by the same rules
     if config.launch.ssh_port is not None and request.runner == "pdsh":

@@ -30,6 +30,7 @@ ALIGN = 64  # elements, as ``models.packed``
 STAGE0_BUCKET = 500_000_000  # elements after which DeepSpeed's plain engine sends what it has gathered so far
 GROUP_ALIGN = 2  # elements a rank, to whose multiple the stages 1 and 2 pad a group of parameters
 STEADY = 4  # step from which all are alike: by then DeepSpeed knows the order and has made all its decisions
+BAD_REASONS = 27  # counters of bad samples that a step's control figures carry: engine.quarantine
 RING = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "reduce": 1, "broadcast": 1, "barrier": 0}
 
 
@@ -201,7 +202,7 @@ def _control(world: int, logs: bool) -> list[Collective]:
     """What the engine's own loop sends, in float64: see ``engine.job``."""
     rows = [
         Collective("all_reduce", 1, 8, "every rank has read its samples"),
-        Collective("all_reduce", 1, 40, "loss, bad samples, stop, not finite, save written"),
+        Collective("all_reduce", 1, 8 * (4 + BAD_REASONS), "loss, bad samples, stop, not finite, save written"),
     ]
     return rows + ([Collective("all_reduce", 1, 8 * world, "peak memory of every rank")] if logs else [])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,29 @@ def test_what_is_done_about_bad_steps_may_change_on_a_resume(shapes: Path) -> No
     for idle in ({"not_finite": "stop", "not_finite_limit": 5}, {"spikes": "off", "spike_factor": 5}):
         with pytest.raises(ConfigError, match="has no effect"):
             small_config(shapes, train=idle)
+
+
+def _looked_at_by_threads(config: Config, run: Path) -> int:
+    """DeepSpeed's parameter dictionaries tell who looks into them while the checkpoint is written."""
+    from deepspeed.runtime.zero.parameter_offload import ZeROOrderedDict
+
+    from longskip.engine.trainer import train
+
+    look, main, seen = ZeROOrderedDict.__getitem__, threading.main_thread(), []
+
+    def looked(self: Any, key: str) -> Any:
+        seen.append(threading.current_thread() is main)
+        return look(self, key)
+
+    ZeROOrderedDict.__getitem__ = looked
+    assert train(config, run) == 0
+    return 0 if seen and all(seen) else 5
+
+
+def test_no_thread_looks_at_a_parameter(shapes: Path, tmp_path: Path) -> None:
+    """It would gather it, alone among the ranks, where it was looked at during a forward pass."""
+    config = small_config(shapes, train={"steps": 4}, checkpoint={"every": 2})
+    assert run_ranks(2, _looked_at_by_threads, config, tmp_path / "run") == [0, 0]
 
 
 def lines(file: Path) -> list[dict[str, Any]]:

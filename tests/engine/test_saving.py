@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import threading
@@ -65,11 +66,11 @@ def _both_ways(folder: Path) -> None:
     fill(shards, STEP)
     checkpoint.save(folder / "fore", STEP, shards, {"step": STEP}, keep_last=1)
     saver = saving_of(folder / "back", shards)
-    for _ in range(2):  # the second time into memory that is there already
-        fill(shards, STEP)
-        assert saver.save(STEP, {"step": STEP}) is None
+    for step in (STEP - 1, STEP):  # the second time into memory that is there already
+        fill(shards, step)
+        assert saver.save(step, {"step": step}) is None
         fill(shards, STEP + 1)
-        assert saver.figure == 0.0 and names(folder / "back")[-1] == f"step-{STEP:08d}.tmp"
+        assert saver.figure == 0.0 and names(folder / "back")[-1] == f"step-{step:08d}.tmp"
         gate.opened.set()
         saver.settle()
         gate.opened.clear()
@@ -403,6 +404,39 @@ def test_a_save_waits_for_the_one_before_and_says_so(tmp_path: Path, monkeypatch
     assert [check(path) for path in checkpoint.steps_in(tmp_path)] == [1, 2]
 
 
+def _too_large(checkpoints: Path) -> None:
+    """The system refuses to let a file grow, half-way through it."""
+    shards, ended = bare_shards(), list[Saved]()
+    fill(shards, 1)
+    checkpoint.save(checkpoints, 1, shards, {"step": 1}, keep_last=1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, resource.RLIM_INFINITY))
+    saver = saving_of(checkpoints, shards, keep_last=1, ended=ended.append)
+    for now in (True, False):
+        saver.save(STEP, {"step": STEP}, now=now)
+        saver.settle()
+        said = str(ended.pop().error)
+        assert "File too large after 1,500,000 bytes, " in said and " are free: '" in said
+        assert f"{checkpoints}/step-00000003.tmp/weights-00000.safetensors" in said
+        assert names(checkpoints) == ["step-00000001"]
+
+
+def test_an_error_of_the_disk_names_the_file_and_what_is_free(tmp_path: Path) -> None:
+    assert bare_ranks(1, tmp_path / "store", _too_large, tmp_path / "saved") == [0]
+    assert check(tmp_path / "saved" / "step-00000001") == 1
+
+
+def test_a_commit_that_all_have_brought_their_parts_to_is_made_by_a_rank_that_ends(tmp_path: Path) -> None:
+    shards = bare_shards()
+    saver = saving_of(tmp_path, shards)
+    fill(shards, STEP)
+    saver.save(STEP, {"step": STEP})
+    while not saver.figure:
+        time.sleep(0.001)
+    saver.hear(1.0)
+    saver.close()
+    assert check(tmp_path / "step-00000003") == STEP
+
+
 def test_a_rank_that_fails_alone_gives_up_what_is_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, shards = Gate(monkeypatch), bare_shards()
     monkeypatch.setattr(saving, "PATIENCE", 0.2)
@@ -413,7 +447,8 @@ def test_a_rank_that_fails_alone_gives_up_what_is_half_way(tmp_path: Path, monke
     for thread in threading.enumerate():
         if thread.name == "longskip-save":
             thread.join(10)
-    assert names(tmp_path) == ["step-00000003.tmp"] and not list(tmp_path.glob("*/*.json"))
+    assert names(tmp_path) == ["step-00000003.tmp"]
+    assert sum(path.stat().st_size for path in tmp_path.glob("*/*")) == 0  # it wrote nothing once it was stopped
     assert "longskip-save" not in [thread.name for thread in threading.enumerate()]
 
 

@@ -323,7 +323,7 @@ def test_a_supervisor_outlives_no_launch(got: list[int]) -> None:
 def test_the_end_of_the_connection_is_the_launches_end(tmp_path: Path) -> None:
     code = (
         "import signal, sys, time\nfrom longskip.launcher import asking\n"
-        "signal.signal(signal.SIGTERM, lambda n, f: sys.exit(75))\n"
+        "signal.signal(signal.SIGTERM, lambda n, f: (print('saving', flush=True), sys.exit(75)))\n"
         f"with asking.told_from_outside({{{BY_SSH!r}: '1', {HERE!r}: {str(tmp_path)!r}}}, 0) as ended:\n"
         "    print('here', flush=True)\n    time.sleep(60)\n"
     )
@@ -333,6 +333,7 @@ def test_the_end_of_the_connection_is_the_launches_end(tmp_path: Path) -> None:
     process.stdin.flush()
     time.sleep(1.5)
     assert process.poll() is None
+    process.stdout.close()
     process.stdin.close()
     assert process.wait(timeout=30) == 75 and not (tmp_path / "ended-0").exists()
 

@@ -76,6 +76,8 @@ def test_hosts_over_mpirun_and_srun() -> None:
     assert shlex.split(given.partition("=")[2]) == [
         "--bind-to", "none", "--map-by", "ppr:1:node", "--mca", "btl_tcp_if_include", "a b",
     ]  # fmt: skip
+    port = render(configured(ssh_port=2222), asked(runner="openmpi")).command
+    assert "--ssh_port" not in port and any(word.endswith("--mca plm_rsh_args '-p 2222'") for word in port)
     assert BY_SSH not in unpack(mpirun[-1])[2]  # mpirun gives the others no standard input
     srun = render(config, asked(runner="slurm"))
     assert "--module" not in srun.command and "/home/me/runs/run/launch/supervise.py" in srun.command
@@ -153,6 +155,8 @@ def test_variables_that_a_configuration_may_not_set(environment: dict[str, str])
         ({"cluster": Cluster(2, 2)}, "names of the nodes"),
         ({"ssh": False, "node": 2}, "0 … 1"),
         ({"elastic": True, "min_nodes": 3}, "1 … 2"),
+        ({"min_nodes": 2}, "without --elastic"),
+        ({"ssh": False, "launcher_args": ("-x",)}, "--launcher-arg"),
         ({"train": ()}, "train only"),
         ({"train": ("-x.yaml",)}, "begins with '-'"),
         ({"train": ("run.yaml", "--ranks")}, "begins with '-'"),

@@ -123,16 +123,18 @@ def test_a_killed_supervisor_leaves_no_rank(in_tmp: Path) -> None:
 @pytest.mark.slow
 def test_a_job_that_is_suspended_and_goes_on_has_not_hung(in_tmp: Path) -> None:
     run = in_tmp / "runs" / "r"
-    with fake(run, steps=FOREVER) as one:
-        one.until(lambda: step_of_fake(run, 0) > 2 and step_of_fake(run, 1) > 2)
+    with fake(run, steps=FOREVER, pause=1.5, config="launch: {step_timeout: 5}\n") as one:
+        one.until(lambda: step_of_fake(run, 0) > 1 and step_of_fake(run, 1) > 1)
+        time.sleep(0.3)  # in a step that the supervisor has seen begin
         everybody = [psutil.Process(one.process.pid), *one.everything()]
         for process in everybody:
             process.suspend()
-        time.sleep(6)
+        time.sleep(8)
         for process in everybody:
             process.resume()
+            time.sleep(0.4)  # the supervisor looks at ranks that stand still since long
         step = step_of_fake(run)
-        one.until(lambda: step_of_fake(run) > step + 50)
+        one.until(lambda: step_of_fake(run) > step + 1)
         one.send(signal.SIGTERM)
         assert one.wait() == 75
         assert one.incidents() == ["signal"]

@@ -203,6 +203,17 @@ def test_runs_that_do_not_make_a_tensor(sandbox: Sandbox, name: str) -> None:
     assert outcome.kind == "refused" and "step-00000007" in outcome.text, outcome
 
 
+@pytest.mark.parametrize(
+    "shape", [[1 << 40, 1 << 20], [1 << 36], [-1], [2.0], ["2"], [[2]], {"0": 2}, None, [True], [1] * 50]
+)
+def test_shapes_that_no_file_holds(sandbox: Sandbox, shape: Any) -> None:
+    """Memory is asked for by the manifest's shapes: for no more than the files have."""
+    told = manifest(FILES)
+    told["tensors"] = SHAPES | {"backbone.b": shape}
+    outcome = sandbox.run("checkpoint", (json.dumps(told).encode(), FILES))
+    assert outcome.kind == "refused" and "manifest.json" in outcome.text, outcome
+
+
 def header(entries: dict[str, Any], data: bytes = b"") -> bytes:
     text = json.dumps(entries).encode()
     return struct.pack("<Q", len(text)) + text + data
@@ -267,7 +278,9 @@ def test_indexes_of_safetensors(sandbox: Sandbox, cases: int) -> None:
         b'{"weight_map": ' + b"[" * 100_000,
         json.dumps({"weight_map": {"a": "../../etc/passwd"}}).encode(),
         json.dumps({"weight_map": {"a": "/etc/passwd"}}).encode(),
-        json.dumps({"weight_map": {"a": "x\0"}}).encode(),
+        json.dumps({"weight_map": {"a": "x\0.safetensors"}}).encode(),
+        json.dumps({"weight_map": {"a": ""}}).encode(),
+        json.dumps({"weight_map": {"a": ".."}}).encode(),
     ):
         assert sandbox.run("file", ("x.safetensors.index.json", text)).kind == "refused"
 

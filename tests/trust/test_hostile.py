@@ -26,6 +26,7 @@ from PIL import Image
 
 from longskip.engine import checkpoint
 from longskip.engine.config import Config
+from longskip.engine.data.buckets import Assignment, assign
 from longskip.engine.data.decode import MAX_PIXELS, decode_image
 from longskip.engine.data.index import build_index
 from longskip.engine.data.pack import pack_folder, write_shards
@@ -39,6 +40,7 @@ from longskip.engine.fidelity import Statistics
 from longskip.engine.initial import find_initial
 from longskip.engine.inventory import inventory, verify_checkpoints
 from longskip.engine.tensorfiles import TensorFile
+from longskip.engine.vocabulary import load_vocabulary
 from longskip.errors import BadSampleError, CheckpointError, ConfigError, LongskipError
 from tests.figures import figure
 from tests.ranks import run_ranks, small_config, train_ranks
@@ -211,11 +213,10 @@ def test_a_pickle_beside_a_sound_checkpoint(tmp_path: Path, name: str) -> None:
 
 
 def test_pickles_where_arrays_weights_and_words_are_meant(tmp_path: Path) -> None:
-    from longskip.engine.data.buckets import Assignment
-    from longskip.engine.vocabulary import load_vocabulary
-
     run = saved_run(tmp_path / "run")
-    data = pictures(tmp_path / "data")
+    data = pictures(tmp_path / "data", 12)
+    assign(open_source(data), ((8, 16), (16, 8)), 2).save(run, "data")
+    assert len(Assignment.load(run, "data")) == 12
     encoder = tmp_path / "encoder"
     encoder.mkdir()
     (encoder / "config.json").write_text('{"model_type": "t5", "d_model": 8}')
@@ -225,8 +226,8 @@ def test_pickles_where_arrays_weights_and_words_are_meant(tmp_path: Path) -> Non
             (run / "vocabulary.json", lambda: load_vocabulary(run / "vocabulary.json")),
             (data / "00000.idx.npy", lambda: open_source(data)),
             (data / "index.json", lambda: open_source(data)),
-            (run / "buckets.npy", lambda: Assignment.load(run, "")),
-            (run / "buckets.json", lambda: Assignment.load(run, "")),
+            (run / "buckets.npy", lambda: Assignment.load(run, "data")),
+            (run / "buckets.json", lambda: Assignment.load(run, "data")),
             (tmp_path / "stats.npz", lambda: Statistics.load(tmp_path / "stats.npz")),
             (encoder / "pytorch_model.bin", lambda: text_files(encoder)),
         ]:

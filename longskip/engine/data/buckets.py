@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from longskip.engine.data.index import write_atomically
+from longskip.engine.data.npy import MAX_HEADER, header_of
 from longskip.engine.data.sources import SizedSource
-from longskip.errors import ConfigError, DataError
+from longskip.errors import BadSampleError, ConfigError, DataError
 
 Size = tuple[int, int]
 """(H, W) in pixels."""
@@ -301,15 +302,24 @@ class Assignment:
         cure = "start a new run, which sorts its data anew"
         try:
             about = json.loads((folder / _ABOUT).read_text("utf-8"))
-            codes = np.load(folder / _CODES, mmap_mode="r", allow_pickle=False)
+            codes = _mapped(folder / _CODES)
             buckets = [(int(size[0]), int(size[1])) for size in about["buckets"]]
             histogram = Histogram.from_json(about["histogram"])
             same = about["fingerprint"] == fingerprint and codes.shape == (about["samples"],)
-        except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError) as error:
+        except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError, BadSampleError) as error:
             raise DataError(f"{folder}: the buckets of the data cannot be read: {error}", cure=cure) from error
         if not same or codes.dtype != np.uint8:
             raise DataError(f"{folder}: the buckets are of other data", cure=cure)
         return cls(buckets, codes, histogram)
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """The array of a ``.npy`` file, memory-mapped; not by ``np.load``, which takes archives and any length of header."""
+    with path.open("rb") as stream:
+        header = header_of(stream.read(MAX_HEADER))
+        if header.size != os.fstat(stream.fileno()).st_size:
+            raise ValueError(f"{path.name} has not the {header.size} bytes that its header says")
+        return np.memmap(stream, header.dtype, "r", header.offset, header.shape)
 
 
 def _ones(hits: np.ndarray) -> np.ndarray:

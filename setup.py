@@ -22,6 +22,7 @@ CORE = [
     "jinja2>=3.1",
     "matplotlib>=3.8",
     "tensorboard>=2.16",
+    "packaging>=23",
     "psutil>=5.9",
 ]
 EXTRAS = {

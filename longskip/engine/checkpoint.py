@@ -17,6 +17,7 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -113,7 +114,10 @@ class Draft:
         self._files = {name: entry for part in parts for name, entry in part["files"].items()}
 
     def commit(self, state: str) -> dict[str, Any]:
-        """The one rename that makes it a checkpoint, and the removal of old ones; ``state``: the text of state.json."""
+        """The one rename that makes it a checkpoint, and the removal of old ones; ``state``: the text of state.json.
+
+        ``{"committed": when by this process's monotonic clock}``.
+        """
         return attempt(lambda: self._commit(state))
 
     def close(self, committed: dict[str, Any] | None) -> dict[str, Any]:
@@ -186,13 +190,14 @@ class Draft:
         disk.remove(self.final)  # of this step, from before a rollback
         disk.rename(temporary, self.final)
         disk.sync(self.checkpoints)
+        committed = time.monotonic()
         with contextlib.suppress(OSError):  # it is committed, whatever becomes of these; the next commit tries again
             faults.point("save.before_latest", step=self.step)
             (self.checkpoints / ".latest.tmp").unlink(missing_ok=True)
             disk.write_text(self.checkpoints / ".latest.tmp", json.dumps(self.final.name))
             disk.rename(self.checkpoints / ".latest.tmp", self.checkpoints / "latest")
             _prune(self.checkpoints, self.keep_last, self.final, self.keep_every, disk)
-        return {}
+        return {"committed": committed}
 
 
 def attempt(act: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -113,7 +113,6 @@ class Job:
     def __post_init__(self) -> None:
         self._waits = waits_on(self.world.device)
         self._communicated = self._waits.seconds if self._waits else 0.0
-        numbers.guard(self.engine, self.optimizer, self.shards.stage)
         self.saving = Saving(
             self.run.checkpoints, self.shards, self.config.checkpoint, records=(self.run / "ledger.jsonl",),
             ended=self._save_ended, say=self.metrics.say,

@@ -65,7 +65,7 @@ class _Running:
                 result = attempt(act)
             except Exception as error:  # of any kind: the other ranks must hear of it
                 result = {"error": f"{type(error).__name__}: {error}", "disk_full": False}
-            self.result = result | {"seconds": time.monotonic() - self.begun}
+            self.result = result | {"seconds": result.get("committed", 0.0) - self.begun}
 
         self.thread = threading.Thread(target=run, name="longskip-save", daemon=True)
         self.thread.start()

@@ -40,8 +40,8 @@ def is_secret(name: str) -> bool:
 
 
 def holds_user(text: str) -> bool:
-    """Whether ``text`` has a URL with a name or password in it: ``https://user:password@host/``."""
-    return _USER_OF_URL.search(text) is not None
+    """Whether ``text`` has a URL with a name, password or signature in it: a name alone may be a token of a service's."""
+    return _USER_OF_URL.search(text) is not None or holds_secret(text)
 
 
 def holds_secret(text: str) -> bool:

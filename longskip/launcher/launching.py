@@ -60,6 +60,7 @@ def keep(rendered: Rendered, request: Request) -> Path:
     folder = Path(request.kept)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _forget_earlier(folder, request)
         for name, text in rendered.files.items():
             write_atomic(folder / name, text)
         write_atomic(folder / "launch.json", json.dumps(rendered.as_json(), indent=1, ensure_ascii=False))
@@ -70,6 +71,16 @@ def keep(rendered: Rendered, request: Request) -> Path:
             f"{folder} cannot be written: {error}", cure="run from a folder that you may write"
         ) from None
     return folder
+
+
+def _forget_earlier(folder: Path, request: Request) -> None:
+    """What an earlier launch asked for and how it ended is none of this one's; of nodes that are started by themselves each
+    forgets its own."""
+    one = request.node if request.cluster.nodes > 1 else None
+    own = [folder / f"{name}-{one}" for name in (STOP, ENDED)]
+    for path in [*folder.glob(f"{STOP}-*"), *folder.glob(f"{ENDED}-*")] if one is None else own:
+        path.unlink(missing_ok=True)
+    (folder / STOP).unlink(missing_ok=True)
 
 
 def sweep(run: Path) -> None:
@@ -91,11 +102,6 @@ def start(rendered: Rendered, request: Request) -> int:
     _find(_program(request))
     folder = keep(rendered, request)
     mine = "" if request.node is None or request.cluster.nodes == 1 else f"-{request.node}"
-    for name in (
-        f"{STOP}{mine}",
-        *(f"{ENDED}-{n}" for n in (range(request.cluster.nodes) if not mine else [request.node])),
-    ):
-        (folder / name).unlink(missing_ok=True)
     asked: list[int] = []
     handlers = {number: signal.signal(number, lambda n, frame: asked.append(n)) for number in ASKING}
     try:

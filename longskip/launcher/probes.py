@@ -200,8 +200,8 @@ def gpus() -> tuple[list[dict[str, Any]], str | None]:
         import pynvml
     except ImportError:
         asked = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = Path("/dev").glob("nvidia[0-9]*") if asked is None else filter(None, asked.split(","))
-        return [{} for _ in names], "nvidia-ml-py is not installed"
+        seen = list(Path("/dev").glob("nvidia[0-9]*")) if asked is None else list(filter(None, asked.split(",")))
+        return [{} for _ in seen], "nvidia-ml-py is not installed"
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:

@@ -22,7 +22,7 @@ from longskip.engine.configio import load_config
 from longskip.engine.ports import interface_of, is_loopback
 from longskip.engine.runs import RUNS, RunFolder
 from longskip.engine.signals import ASKING
-from longskip.errors import EXIT_FAILED, EXIT_SAVED, ConfigError, LongskipError, RendezvousError
+from longskip.errors import EXIT_FAILED, EXIT_SAVED, ConfigError, LongskipError, RendezvousError, RunFolderError
 from longskip.launcher import store
 from longskip.launcher.chronicle import Chronicle, newest_commit
 from longskip.launcher.members import Leader, Plan, Report, Terms
@@ -107,7 +107,12 @@ class Supervisor:
             self._warn_of_listening()
             nodes = [f"node/{node}" for node in range(1, what.nodes)]
             self.chronicle = Chronicle(run)
-            self.chronicle.lock()
+            try:
+                self.chronicle.lock()
+            except OSError as error:
+                raise RunFolderError(
+                    f"{run} cannot be written: {error}", cure="see its owner, and what is free"
+                ) from None
             self.leader = Leader(self._terms(), self.session, time.monotonic())
             server: list[Any] = []
             serving = threading.Lock()
@@ -245,7 +250,10 @@ class Supervisor:
         if plan.order == "run" and share and self.mine != current:
             self.mine = current
             self._shown = 0
-            self.team.start(plan.attempt, plan.first_rank(node), share, plan.world, self._environment(plan, share))
+            try:
+                self.team.start(plan.attempt, plan.first_rank(node), share, plan.world, self._environment(plan, share))
+            except OSError as error:  # no room for a log, too many processes
+                raise LongskipError(f"node {node} cannot start its ranks: {error}") from None
         if plan.order == "save" or self.asked:
             self.team.ask(signal.Signals[plan.signal] if plan.signal else self.asked[0])
         return None

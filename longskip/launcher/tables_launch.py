@@ -63,7 +63,7 @@ def print_status(found: list[Status]) -> None:
         if each.committed is not None and each.committed_age is not None:
             commit = f"{each.committed:,}, {units.duration(each.committed_age)} ago"
         table.add_row(
-            Text(each.name), Text(each.state + ranks, style=_COLOURS[each.state]),
+            Text(_printable(each.name)), Text(each.state + ranks, style=_COLOURS[each.state]),
             f"{each.step:,}" + (f" of {each.steps:,}" if each.steps else ""),
             "–" if each.eta is None else units.duration(each.eta), units.rate(each.images_per_second),
             units.share(each.mfu), commit,
@@ -72,7 +72,12 @@ def print_status(found: list[Status]) -> None:
     console.print(table)
     for each in found:
         if each.incident_count:
-            console.print(Text(f"{each.name}: {each.incident_count} incident(s)", style="bold"))
+            console.print(Text(_printable(f"{each.name}: {each.incident_count} incident(s)"), style="bold"))
         for row in each.incidents:
             where = f"step {row.get('step')}, attempt {row.get('attempt')}"
-            console.print(Text(f"  {row.get('kind')} at {where}: {row.get('detail')}"), soft_wrap=True)
+            console.print(Text(_printable(f"  {row.get('kind')} at {where}: {row.get('detail')}")), soft_wrap=True)
+
+
+def _printable(text: str) -> str:
+    """Texts of a run folder without what a terminal would take for commands."""
+    return "".join(sign if sign.isprintable() else " " for sign in text)

@@ -90,8 +90,8 @@ def case(shapes: Path, stage: int, dtype: str, layout: str, micro: int | None = 
 def test_a_skipped_step_is_a_step_that_was_not_taken(shapes: Path, tmp_path: Path) -> None:
     """Weights, moments, EMA and what the model computes with, after every step, bitwise those of a loop by hand."""
     cases = [
-        case(shapes, 0, "fp32", "named", micro=2),
-        case(shapes, 2, "bf16", "flat"),  # where DeepSpeed would take the step
+        case(shapes, 0, "fp32", "named", micro=2),  # where DeepSpeed would take the step
+        case(shapes, 2, "bf16", "flat"),
     ]
     assert run_ranks(2, _guarded_and_by_hand, cases, tmp_path) == [0, 0]
 

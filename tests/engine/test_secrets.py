@@ -43,4 +43,9 @@ def test_redacted_at_every_depth_and_not_in_place() -> None:
         "url": f"s3://{HIDDEN}@host/x",
     }
     assert given["a"] == {"token": "t", "b": [{"password": "p", "c": 1}]}
-    assert holds_user("https://me:pw@host/x") and not holds_user("https://host/x@2") and not holds_user("me@host")
+    assert (
+        holds_user("https://me:pw@host/x")
+        and holds_user("s3://token@host/x")
+        and not holds_user("https://host/x@2")
+        and not holds_user("me@host")
+    )

@@ -42,6 +42,12 @@ def test_a_spike_is_what_the_formula_says(before: list[float], loss: float, fact
     assert found is None or (found.median == median and found.limit == limit)
 
 
+def test_losses_that_hardly_vary_are_no_measure() -> None:
+    """They spread by a hundredth of the median at least: with factor 20 the limit is 1.2 times it."""
+    assert spikes.judge(1.19, [1.0] * 40, 20.0) is None
+    assert spikes.judge(1.21, [1.0] * 40, 20.0) == spikes.Spike(1.21, 1.0, 1.2)
+
+
 def test_outliers_do_not_hide_the_next_one() -> None:
     """Where the mean and the deviation would: 20 spikes among the last 128 losses."""
     calm = [1.0 + 0.01 * (-1) ** i for i in range(108)]

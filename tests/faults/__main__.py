@@ -179,17 +179,25 @@ def machine() -> str:
 def markdown(rows: list[dict[str, Any]], seconds: float, defences: bool) -> str:
     """The table for docs/results."""
     command = "python -m tests.faults --defences" if defences else "python -m tests.faults"
-    head = "| | fault | what holds | " + ("defence taken out | tests that see it" if defences else "tests")
+    head = (
+        ["", "fault", "defence taken out", "tests that see it"]
+        if defences
+        else ["", "fault", "what holds", "tests", "defences"]
+    )
+    explained = (
+        "each defence is taken out in a copy of the tree, and a test of its fault must fail by its own assertions"
+        if defences
+        else "the tests are named below tests/; `--defences` takes each defence out in a copy of the tree, where a test must fail"
+    )
     lines = [
-        "# The thirty faults", "",
-        f"`{command}`: {len(rows)} rows in {seconds / 60:.1f} minutes ({machine()}).", "",
-        f"{head} | result | s |", "|---" * (head.count("|") + 1) + "|",
+        "# The thirty faults" + (": each defence taken out" if defences else ""), "",
+        f"`{command}`: {len(rows)} rows in {seconds / 60:.1f} minutes ({machine()}); {explained}.", "",
+        f"| {' | '.join([*head, 'result', 's'])} |", "|---" * (len(head) + 2) + "|",
     ]  # fmt: skip
     for row in rows:
-        names = row.get("failed") or row["tests"]
-        tests = "<br>".join(f"`{name.removeprefix('tests/')}`" for name in names)
-        cells = [str(row["number"]), row["fault"], row["holds"], *([row.get("defence", "")] if defences else []), tests]
-        cells += [row["result"], f"{row['seconds']:.0f}"]
+        tests = "<br>".join(f"`{name.removeprefix('tests/')}`" for name in row.get("failed") or row["tests"])
+        more = [row.get("defence", "–"), tests] if defences else [row["holds"], tests, "<br>".join(row["defences"])]
+        cells = [str(row["number"]), row["fault"], *more, row["result"], f"{row['seconds']:.0f}"]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 

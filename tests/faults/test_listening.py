@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -31,7 +32,7 @@ def test_a_store_beyond_loopback_is_told_of_and_one_on_loopback_is_not(in_tmp: P
         run = in_tmp / "runs" / ("far" if told else "near")
         with fake(run, 2, 0, 1, place) as one:
             process = psutil.Process(one.process.pid)
-            one.until(lambda process=process: listening(process))
+            one.until(partial(listening, process))
             one.send(signal.SIGTERM)
             assert one.wait() == 75
             assert (f"listens at {far}" in one.text() and "without a password" in one.text()) is told

@@ -72,7 +72,7 @@ TRAIN = ("--", "train", "run.yaml")
         (("--local", "3", *TRAIN), ["3 rank(s)", "64"]),
         (("--", "evaluate", "run"), ["train only"]),
         (("--", "train"), ["train only"]),
-        (("--", "train", "run.yaml", "data.validation=https://me:pw@host/x"), ["secret"]),
+        (("--", "train", "run.yaml", "data.validation=https://me:pw@host/x"), ["password"]),
         (("--", "train", "run.yaml", "lunch.port=1"), ["lunch", "launch"]),
         (("--on", "slurm", "--via", "torchrun", "--nodes", "2", "--gpus-per-node", "2", *TRAIN), ["srun"]),
         (("--on", "kubernetes", "--nodes", "2", "--gpus-per-node", "2", *TRAIN), ["image is not set"]),
@@ -189,6 +189,13 @@ def test_a_word_that_an_earlier_launch_left_is_none_of_this_one(tmp_path: Path) 
     assert started(tmp_path, ENDS.format({"0": "0"}, 0)) == 0
     assert started(tmp_path, "raise SystemExit(0)") == 1
     assert started(tmp_path, ENDS.format({"0": "0", "1": "75"}, 0), node=1) == 75
+    kept = tmp_path / "runs/run/launch"
+    for name in ("stop", "stop-0", "stop-1"):
+        (kept / name).write_text("SIGTERM")
+    started(tmp_path, "", node=1)
+    assert sorted(path.name for path in kept.glob("*-*")) == ["ended-0", "stop-0"] and not (kept / "stop").exists()
+    launching.keep(Rendered(), at(tmp_path))
+    assert not list(kept.glob("stop*")) and not list(kept.glob("ended*"))
 
 
 def test_a_launch_does_not_wait_for_a_node_that_is_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,3 +130,22 @@ def test_a_node_lost_and_regained_trains_on_the_same_samples(shapes: Path, in_tm
         assert ours[step][last_attempt] == sorted(plan.batch_at(step - 1)[1].tolist()), step
     worlds = [line["world"] for line in one.lines("launch/attempts.jsonl") if line["ended"]]
     assert worlds[-3:] == [2, 1, 2]  # the second node may come late on a busy machine, and be taken in as well
+
+
+def test_deepspeeds_launcher_without_ssh_in_both_namespaces(shapes: Path, in_tmp: Path, nodes: Nodes) -> None:
+    """The command that ``longskip launch`` prints for every node: one rank each, met over the link; the straight run's end."""
+    config = write_config(shapes, 6, checkpoint={"every": 3})
+    assert train_ranks(2, config, in_tmp / "straight") == [0, 0]
+    (in_tmp / "hosts").write_text("".join(f"{address} slots=1\n" for address in nodes.addresses))
+    run = in_tmp / "runs" / "run"
+    words = ["launch", "--hostfile", "hosts", "--no-ssh", "--no-preflight"]
+
+    def node(number: int) -> Launched:
+        command = [*nodes.enter(number), sys.executable, "-m", "longskip.launcher", *words, "--node-rank", str(number)]
+        return Launched([*command, "--", "train", "run.yaml", f"train.name={run.name}"], run)
+
+    with node(0) as one, node(1) as two:
+        assert (one.wait(), two.wait()) == (0, 0), one.text() + two.text()
+    (line,) = [line for line in one.lines("launch/attempts.jsonl") if line["ended"]]
+    assert (line["nodes"], line["world"]) == ([0, 1], 2)
+    assert_same_run(run, in_tmp / "straight", steps=6)

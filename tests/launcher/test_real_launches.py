@@ -194,7 +194,7 @@ def test_torchrun_on_each_node_and_a_signal_to_one(home: Path) -> None:
     finally:
         both[1].send_signal(signal.SIGTERM)
     said = ended(*both)
-    assert [code for code, _ in said] == [75, 75] and status(run) == "saved", said
+    assert [code for code, _ in said] == [75, 75] and status(run) == "saved", "\n".join(text for _, text in said)
     assert len(list((run / "checkpoints").glob("step-*/manifest.json"))) == 1
     assert ours(home) == []
 

@@ -132,6 +132,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     said = capsys.readouterr().out
     for word in ("one", "two", "done", "70 of 100", "60, ", "2, 1 restarted", "4 incident(s)", "restarted at step 30"):
         assert word in said, said
+    assert "\x1b]" not in said and "\x07" not in said
     with pytest.raises(SystemExit):
         main(["status", "two", "--json"])
     (told,) = json.loads(capsys.readouterr().out)

@@ -72,6 +72,24 @@ class Kill:
     recovery: float | None = None  # seconds from the signal to the next attempt's first finished step
 
 
+@dataclass(frozen=True)
+class Draw:
+    """What chance says of a kill; ``moment`` is a share of the time in which it may fall."""
+
+    aim: Aim
+    signal: signal.Signals
+    rank: int
+    moment: float
+
+
+def drawn(seed: int, number: int, before: Aim | None) -> Draw:
+    """Kill ``number``'s draw; two kills at a start never follow each other, and the first kill is none."""
+    draw = random.Random(f"{seed}/{number}")
+    aims: list[Aim] = ["step", "save"] if before in (None, "start") else ["step", "save", "start"]
+    aim = draw.choices(aims, [9, 9, 2][: len(aims)])[0]
+    return Draw(aim, draw.choice(SIGNALS), draw.randrange(RANKS), draw.random())
+
+
 class Run:
     """The run's folder as it is seen from outside."""
 
@@ -220,12 +238,9 @@ class Soak:
     def _kill(self, command: Command) -> None:
         """Aim, wait for the moment, send the signal, see the attempt gone and what it left."""
         number = len(self.kills)
-        draw = random.Random(f"{self.seed}/{number}")
-        aims: list[Aim] = (
-            ["step", "save"] if not self.kills or self.kills[-1].aim == "start" else ["step", "save", "start"]
-        )
-        aim = draw.choices(aims, [9, 9, 2][: len(aims)])[0]
-        number_sent, victim, moment = draw.choice(SIGNALS), draw.randrange(RANKS), draw.random()
+        before = self.kills[-1].aim if self.kills else None
+        draw = drawn(self.seed, number, before)
+        aim, number_sent, victim, moment = draw.aim, draw.signal, draw.rank, draw.moment
         ranks = wait_for("all ranks", lambda: len(found := command.ranks()) == RANKS and found, command)
         if aim == "start":
             time.sleep(8 * moment)
@@ -249,7 +264,7 @@ class Soak:
         self._check_starts()
         self.newest = kill.committed
         self.kills.append(kill)
-        if len(self.kills) < self.wanted and aim != "start":
+        if aim != "start" and drawn(self.seed, number + 1, aim).aim != "start":  # which may come before a step is done
             kill.recovery = self._recovered(command, sent, kill)
         with open(self.record, "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(kill)) + "\n")

@@ -259,7 +259,7 @@ class Soak:
         wait_for("the end of the attempt's ranks", lambda: not any(_alive(p) for p in ranks.values()), command)
         kill = Kill(
             number, sent - self.begin, aim, number_sent.name, victim, attempt, beat.phase, beat.finished,
-            self.run.committed(), saving,
+            self.run.committed(), saving and beat.finished >= 0,  # at a start it is what the last attempt left
         )  # fmt: skip
         self._check_starts()
         self.newest = kill.committed

@@ -158,6 +158,9 @@ def import_deepspeed():  # type: ignore[no-untyped-def]
         handler.setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    # Muon, which longskip does not use, is compiled where DeepSpeed starts: torch's compiler, a second of every rank's start.
+    if (compiler := sys.modules.get("deepspeed.runtime.compiler")) is not None:
+        compiler.compile = lambda: lambda function: function  # type: ignore[attr-defined]
     return deepspeed
 
 

@@ -28,6 +28,16 @@ def _remember(number: int, frame: Any) -> None:
     _received.append(number)
 
 
+def ignore() -> None:
+    """From now on the asking signals do nothing: for a process that has done all it had to.
+
+    Python gives a handler's signal its deadly effect back while it ends, and one that comes late, from a supervisor that
+    heard of the stop after the ranks had agreed on it, would make a death of a clean save.
+    """
+    for number in ASKING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def asked() -> bool:
     """Whether this process was asked to stop."""
     return bool(_received)

@@ -97,7 +97,9 @@ def train(
         )  # refused before torch is loaded or a rank waits; a resumed run knows its micro-batch
     from longskip.engine.trainer import train as run_training
 
-    raise typer.Exit(run_training(resolved, run))
+    code = run_training(resolved, run)
+    signals.ignore()
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -80,6 +80,7 @@ def launch(
 
     Exit codes: 0 done, 1 failed, 2 configuration, 75 saved (start again).
     """
+    from longskip.engine import signals
     from longskip.launcher import launching
     from longskip.launcher.rendering import render
 
@@ -110,6 +111,7 @@ def launch(
     code = _here(request, rendered, as_json) if request.via == "none" else launching.start(rendered, request)
     if code == EXIT_USAGE:
         launching.sweep(run)
+    signals.ignore()
     raise typer.Exit(code)
 
 
@@ -144,6 +146,7 @@ def supervise(
     if packed is not None:
         _unpacked(packed)
         return
+    from longskip.engine import signals
     from longskip.launcher import asking
     from longskip.launcher.launching import node_of
     from longskip.launcher.supervisor import Supervision
@@ -172,6 +175,7 @@ def supervise(
             ended.append(error.exit_code)
             raise
         ended.append(code)
+    signals.ignore()
     raise typer.Exit(code)
 
 

@@ -7,6 +7,7 @@ late, or back, finds everything that it needs in the newest plan.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -26,7 +27,7 @@ class Ending:
     kind: Kind
     detail: str = ""
     step: int = -1
-    signal: bool = False  # it died of one, or stands still by one: the cause, where others lost a neighbour
+    signal: int = 0  # it died of this one, or stands still by it: the cause, where others lost a neighbour
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Plan:
     order: Order = "wait"
     shares: tuple[int, ...] = ()
     dump: bool = False  # with end: the stacks of all ranks first
-    at_once: bool = False  # with end: the ranks wait for one that cannot be reached, and will not end by themselves
+    at_once: bool = False  # with end: no time for the ranks to say what is wrong with them
     signal: str = ""  # with save: the signal that is passed on
     code: int = 0  # with stop
 
@@ -262,7 +263,9 @@ class Leader:
         if bad or self._gone:
             self.phase = "ending"
             dump = any(ending.kind == "hung" for ending in bad)
-            self.plan = replace(self.plan, order="end", dump=dump, at_once=not bad)
+            # Where a rank was killed or a node is lost the others have nothing to say but that they miss it.
+            at_once = all(ending.signal == signal.SIGKILL for ending in bad)
+            self.plan = replace(self.plan, order="end", dump=dump, at_once=at_once)
         elif len(self._endings) == self.plan.world and all(r.state != "running" for r in ours.values()):
             self._close()
         elif self._asked and not self.plan.signal:

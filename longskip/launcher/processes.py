@@ -165,7 +165,9 @@ class Team:
             since = now - (rank.stopped_since or rank.changed if rank in still else rank.changed)
             what = "stopped by a signal" if rank in still else f"in {rank.beat.phase!r}"
             detail = f"{what} for {since:.0f} s"
-            self.endings.append(Ending(rank.rank, "hung", detail, rank.beat.finished, signal=rank in still))
+            self.endings.append(
+                Ending(rank.rank, "hung", detail, rank.beat.finished, signal=signal.SIGSTOP if rank in still else 0)
+            )
 
     def _ended(self, rank: RankProcess, put_down: bool = False) -> None:
         """Sweep the group of a rank that has ended, before its number can be another's, and keep how it ended."""
@@ -261,7 +263,7 @@ def _classify(rank: RankProcess, code: int) -> Ending:
     if code < 0:
         asking = rank.told and -code in ASKING
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-        return Ending(rank.rank, "died", f"killed by {name}", step, signal=not asking)
+        return Ending(rank.rank, "died", f"killed by {name}", step, signal=0 if asking else -code)
     if rank.beat.word == "final":
         return Ending(rank.rank, "final", "an error that a new start would meet again", step)
     return Ending(rank.rank, "died", f"exit code {code}", step)

@@ -166,7 +166,10 @@ def straight(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def of_run(shapes: Path) -> Config:
-    return small_config(shapes, train={"steps": STEPS}, checkpoint={"every": 3}, logging={"every": 1})
+    """Saved in the foreground: step 3 is committed when step 4 begins, however quick the steps are."""
+    return small_config(
+        shapes, train={"steps": STEPS}, checkpoint={"every": 3, "background": False}, logging={"every": 1}
+    )
 
 
 @pytest.mark.slow

@@ -157,3 +157,7 @@ def slurm(folder: Path, nodes: int) -> Iterator[dict[str, str]]:
         for process in reversed(running):
             end(process.pid)
             process.wait()
+        for each in psutil.process_iter():  # steps are no children of slurmd's, but have its environment
+            with contextlib.suppress(psutil.Error):
+                if each.environ().get("SLURM_CONF") == str(conf):
+                    each.kill()

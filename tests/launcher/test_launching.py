@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from longskip.engine import signals
 from longskip.engine.configio import dump_yaml
 from longskip.errors import ConfigError, LongskipError
 from longskip.launcher import asking, launching
@@ -35,12 +36,15 @@ def longskip(in_tmp: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     (in_tmp / "hosts").write_text("node-1 slots=2\nnode-2 slots=2\n")
     for name in ("NCCL_DEBUG", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
+    handlers = {number: signal.getsignal(number) for number in signals.ASKING}  # which a command leaves ignored
 
     def run(*arguments: str) -> tuple[int, str, str]:
         try:
             main(list(arguments))
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else int(bool(ended.code))
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         said = capsys.readouterr()
         return code, said.out, said.err
 
@@ -362,6 +366,17 @@ def test_a_rank_does_not_die_of_a_connection_that_ended(tmp_path: Path) -> None:
     deaf.stdout.close()
     deaf.stderr.close()
     assert deaf.wait(timeout=60) == 0 and (tmp_path / "code").read_text() == "75"
+
+
+@pytest.mark.parametrize(("at_the_end", "code"), [("signals.ignore()", 75), ("pass", -signal.SIGTERM)])
+def test_a_signal_that_comes_while_a_rank_ends_is_none(at_the_end: str, code: int) -> None:
+    """Python takes its handlers away before it takes modules apart: without `ignore` the signal kills."""
+    rank = (
+        "import os, signal, sys\nfrom longskip.engine import signals\nsignals.listen()\n"
+        "class Late:\n    def __del__(self, kill=os.kill, own=os.getpid(), number=signal.SIGTERM):\n        kill(own, number)\n"
+        f"late = Late()\n{at_the_end}\nsys.exit(75)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", rank], timeout=60).returncode == code
 
 
 def test_supervise_refuses(longskip: Longskip) -> None:

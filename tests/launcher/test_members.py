@@ -71,7 +71,7 @@ class Play:
         return [note.kind for note in self.notes if note.kind not in ("started", "ended")]
 
 
-def died(rank: int, detail: str = "killed by SIGKILL", step: int = 4, signal: bool = True) -> Ending:
+def died(rank: int, detail: str = "killed by SIGKILL", step: int = 4, signal: int = 9) -> Ending:
     return Ending(rank, "died", detail, step, signal)
 
 
@@ -106,7 +106,7 @@ def test_a_rank_that_dies_ends_all_and_the_next_attempt_waits_until_they_are_gon
     play.commit = 3
     play.run(0, 1)
     plan = play.says(1, endings=(died(1),), state="idle")
-    assert (plan.order, plan.attempt) == ("end", 1)
+    assert (plan.order, plan.attempt, plan.at_once) == ("end", 1, True)  # who misses it need not say so
     assert play.pass_(5).order == "end"  # node 0's rank still runs
     play.says(0, state="idle", endings=(Ending(0, "died", "exit code 1", 4),))
     plan = play.turn()
@@ -130,7 +130,8 @@ def test_the_cause_is_the_signal_and_not_the_neighbour_that_was_seen_first() -> 
 def test_what_would_come_again_is_not_tried_again(kind: Any, code: int) -> None:
     play = Play()
     play.run(0, 1)
-    assert play.says(1, state="idle", endings=(died(1, "exit code 1", signal=False),)).order == "end"
+    plan = play.says(1, state="idle", endings=(died(1, "exit code 1", signal=0),))
+    assert (plan.order, plan.at_once) == ("end", False)
     plan = play.ends(0, Ending(0, kind))  # said while the ranks are being put down
     assert (plan.order, plan.code) == ("stop", code)
 
@@ -164,7 +165,7 @@ def test_a_hang_is_dumped_everywhere_before_the_ranks_are_put_down() -> None:
     plan = play.says(1, endings=(Ending(1, "hung", "in 'step' for 31 s", 4),))
     assert (plan.order, plan.dump) == ("end", True)
     play.ends(1, Ending(1, "hung", "in 'step' for 31 s", 4))
-    play.ends(0, Ending(0, "hung", "stopped by a signal for 31 s", 4, signal=True))
+    play.ends(0, Ending(0, "hung", "stopped by a signal for 31 s", 4, signal=19))
     plan = play.turn()
     assert (plan.order, plan.dump, plan.attempt) == ("run", False, 2)
     assert [(n.kind, n.rank) for n in play.notes if n.kind == "rank_hung"] == [("rank_hung", 0)]

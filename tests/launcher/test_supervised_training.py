@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -66,10 +68,10 @@ def test_fault_15_sigkill_in_a_step(run: Path, straight: Path, victim: int) -> N
     assert one.incidents() == ["rank_died", "restarted"]
     assert f"rank {victim} died" in one.text() and "SIGKILL" in one.text() and "Traceback" not in one.text()
     (went_on,) = resumed(run)
-    reached = max(line["step"] for line in one.lines("metrics.jsonl") if line["attempt"] == 1)
+    entries = ledger.read(run / "ledger.jsonl").entries
+    reached = max(e.step for e in entries if isinstance(e, ledger.LedgerLine) and e.attempt == 1)
     assert 10 <= went_on <= reached
-    spent = ledger.sums(ledger.read(run / "ledger.jsonl").entries).spent
-    assert spent.steps == STEPS + reached - went_on  # the redone steps are in what was spent
+    assert ledger.sums(entries).spent.steps == STEPS + reached - went_on  # the redone steps are in what was spent
 
 
 def test_fault_16_sigstop_in_a_step(run: Path, straight: Path) -> None:
@@ -124,3 +126,12 @@ def test_a_signal_before_the_first_step(run: Path, straight: Path) -> None:
     with launch(run) as one:
         assert one.wait() == 0
     assert_same_run(run, straight, steps=STEPS)
+
+
+def test_a_start_does_not_load_torchs_compiler() -> None:
+    """A second of every rank's start, and so of every recovery: DeepSpeed's Muon would be compiled where it is imported."""
+    program = (
+        "import sys\nfrom longskip.engine.distributed import import_deepspeed\nimport_deepspeed()\n"
+        "import deepspeed.runtime.zero.muon.original_muon\nassert 'torch._inductor.compile_fx' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

@@ -91,7 +91,9 @@ def save(
     depth: Annotated[int, typer.Option(min=2, help="blocks less one, even")] = 12,
     width: Annotated[int, typer.Option(min=1, help="of the model; 384 makes 25M parameters")] = 384,
     batch: Annotated[int, typer.Option(min=1, help="pictures a step, over all ranks")] = 2,
-    ranks: Annotated[list[int] | None, typer.Option(min=1, help="of ZeRO-3; 1 and 2 by default; may be repeated")] = None,
+    ranks: Annotated[
+        list[int] | None, typer.Option(min=1, help="of ZeRO-3; 1 and 2 by default; may be repeated")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="plain steps timed before each save")] = 8,
     repeats: Annotated[int, typer.Option(min=1, help="saves of each kind, in turns")] = 5,
     folder: Annotated[

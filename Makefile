@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 # Tests run in two processes where there are two cores (JOBS=1: in one); those of a file stay together, so that its fixtures
 # are made once. More than two would not fit the memory of a small machine: some start ranks of their own.
-JOBS ?= $(shell test "$$(nproc 2>/dev/null || echo 1)" -gt 1 && echo 2 || echo 1)
+JOBS ?= $(shell test "$$(nproc --all 2>/dev/null || echo 1)" -gt 1 && echo 2 || echo 1)
 PARALLEL := $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile)
 
 .PHONY: install demo test test-slow faults soak figures proofs lint clean

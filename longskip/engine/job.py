@@ -191,6 +191,7 @@ class Job:
             if error.alike:
                 self.saving.settle()
                 if self.state.step > max(self.started_at, self._saved_at):
+                    self.reader.seek(self.state.cursor)  # ranks that have read on, and ranks that could not
                     self.save(now=True)
             raise
 

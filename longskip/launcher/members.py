@@ -158,7 +158,8 @@ class Leader:
             if self.alive(node) and (report.state == "left" or silent >= self.terms.node_timeout):
                 self._lost.add(node)
                 left = "its supervisor has ended" if report.state == "left" else f"not heard of for {silent:.0f} s"
-                self._note("node_lost", f"node {node} is lost: {left}", node=node)
+                if self.phase != "stopped":  # at the end all leave
+                    self._note("node_lost", f"node {node} is lost: {left}", node=node)
 
     def _note(self, kind: str, detail: str, **where: Any) -> None:
         self.notes.append(Note(kind, detail, self.attempt, **({"step": self._step} | where)))

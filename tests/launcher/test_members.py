@@ -99,6 +99,8 @@ def test_all_ranks_done() -> None:
     assert play.ends(1, Ending(2, "done"), Ending(3, "done")).order == "run"
     plan = play.ends(0, Ending(0, "done"), Ending(1, "done"))
     assert (plan.order, plan.code, play.kinds()) == ("stop", 0, [])
+    assert play.says(1, state="left").order == "stop" and not play.leader.alive(1)
+    assert play.kinds() == []  # who leaves at the end is not lost
 
 
 def test_a_rank_that_dies_ends_all_and_the_next_attempt_waits_until_they_are_gone() -> None:

@@ -89,7 +89,7 @@ def _row(path: Path, line: int, row: Mapping[str, Any], titles: Mapping[str, str
             value = math.nan
         if not LEAST <= value <= MOST:  # nor is NaN
             raise ConfigError(
-                f"{path}, line {line}: {name} = {str(text)[:80]!r} is not a positive number ({LEAST:g} to {MOST:g})",
+                f"{path}, line {line}: {name} = {text and text[:80]!r} is not a positive number ({LEAST:g} to {MOST:g})",
                 cure="mend or remove that line",
             )
         values[name] = value

@@ -157,7 +157,7 @@ def _longskip(words: list[str]) -> int:
 
 def test_the_cure_of_a_loss_that_is_not_finite_works(shapes: Path, in_tmp: Path) -> None:
     """The command in the message, as it stands, trains a new run from the last checkpoint at half the rate."""
-    config = small_config(shapes, train={"steps": 3, "dtype": "bf16"}, optim={"lr": 1e-3})
+    config = small_config(shapes, train={"steps": 3, "dtype": "bf16", "not_finite": "stop"}, optim={"lr": 1e-3})
     assert run_ranks(1, _diverge, config, Path("runs/here"), in_tmp / "message") == [0]
     message = (in_tmp / "message").read_text()
     assert "train.dtype=fp32" in message and "model.qk_norm=true" in message

@@ -327,6 +327,7 @@ class Job:
             state.skipped, state.skipped_in_a_row = state.skipped + 1, in_a_row
             self.metrics.say(f"step {step}  SKIPPED, nothing has moved: the {what}; incidents.jsonl lists the samples")
             return
+        self.saving.settle()  # the cure names the newest checkpoint
         row = f", {in_a_row} steps in a row (train.not_finite_limit)" if group.not_finite == "skip" else ""
         error = NonFiniteLossError(
             f"the {what} at step {step}{row}; no weight has moved since step {step - in_a_row}; "

@@ -227,7 +227,9 @@ def test_a_price_beyond_all_bounds_is_refused(price: float) -> None:
 
 @pytest.mark.parametrize("group", [{"steps": 10**29}, {"batch_size": 10**30}, {"steps": 10**12 + 1}])
 def test_numbers_that_nobody_trains_are_refused(group: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match=r"train\.(steps|batch_size): .*less than or equal to 2147483647 \(got 10+1?\)"):
+    with pytest.raises(
+        ConfigError, match=r"train\.(steps|batch_size): .*less than or equal to 2147483647 \(got 10+1?\)"
+    ):
         plan(config(train=group), cluster())
     assert plan(config(train={"steps": 2**31 - 1, "batch_size": 16}), cluster()).steps == 2**31 - 1
 

@@ -199,7 +199,7 @@ class TrainGroup(Group):
     not_finite: Literal["skip", "stop"] = "skip"
     not_finite_limit: Positive = 3
     spikes: Literal["off", "note", "rollback"] = "note"
-    spike_factor: Above = 20.0
+    spike_factor: Above = 50.0
     digest_every: Count = 100
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from longskip.launcher.tables import print_whole
 from longskip.profiling import units
 from longskip.profiling.laws import LANGUAGE_LAWS, TIFA_FITTED_ON, intervals_at, times_text
 from longskip.profiling.predicted import prediction_rows, rough_count, shown, span_text
@@ -124,7 +125,7 @@ def _all_runs(console: Console, budgets: Sequence[RunBudget], total: Mapping[str
     table.add_section()
     table.add_row("total", "", "", "", units.scientific(spent["model_flops"]), "", _amount(spent["device_hours"]), "", "",
                   money, _amount(spent["energy_kwh"]), "")  # fmt: skip
-    _print_whole(console, table)
+    print_whole(console, table)
     names = [account.name for account in max((budget.accounts for budget in budgets), key=len)]
     table = _table("exact model FLOPs ÷", *(_SHORT[name] for name in names[1:]))
     for budget in budgets:
@@ -182,7 +183,7 @@ def print_plan(plan: Plan) -> None:
             f"{one.data_off:.3f}",
             *([shown(one.loss, far, "{:.4f}".format)] if one.loss is not None else []),
         )
-    _print_whole(console, table)
+    print_whole(console, table)
     height, width = plan.latent_size
     shape = plan.candidates[0].spec
     console.print(
@@ -253,7 +254,7 @@ def print_fit(fit: Fit, predictions: Sequence[Prediction], origin: str, files: S
     table = _table("prediction for C", "N_opt", "95%", "D_opt", "95%", "loss", "95%", "fitted range")
     for cells in prediction_rows(predictions):
         table.add_row(*cells)
-    _print_whole(console, table)
+    print_whole(console, table)
     for warning in fit.warnings:
         console.print(f"[bold yellow]warning[/bold yellow]: {escape(warning)}", soft_wrap=True)
     for file in files:
@@ -277,12 +278,6 @@ def _amount(value: float | None) -> str:
     if value is None:
         return units.NONE
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def _print_whole(console: Console, table: Table) -> None:
-    """A table of many columns: on a narrow terminal its lines run over, but no number is cut."""
-    width = Console(width=1000).measure(table).maximum
-    Console(highlight=False, width=max(console.width, width)).print(table)
 
 
 def _table(*titles: str) -> Table:

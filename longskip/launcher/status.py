@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +58,7 @@ def status_of(run: str | Path, *, now: float | None = None) -> Status:
     """The status of a run's folder, or of its name under ``runs/``; raises RunFolderError where it is none."""
     now = time.time() if now is None else now
     log = RunLog.open(run)
+    incidents = _told_once(log.incidents)
     held = lock_is_held(log.path / "run.lock")
     lines = log.ledger.lines
     recent = totals(lines[-_RECENT_LINES:])
@@ -76,9 +78,20 @@ def status_of(run: str | Path, *, now: float | None = None) -> Status:
         attempts=len(ledgers | {each.attempt for each in watched}),
         restarts=sum(row.get("kind") == "restarted" for row in log.incidents),
         world=watched[-1].world if watched else lines[-1].devices if lines else None,
-        incidents=tuple(redacted(row) for row in log.incidents[-INCIDENTS:]), incident_count=len(log.incidents),
+        incidents=tuple(redacted(row) for row in incidents[-INCIDENTS:]), incident_count=len(incidents),
         goodput=spent.share, wall=spent.wall,
     )  # fmt: skip
+
+
+def _told_once(incidents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What several ranks tell of the same step once, in the words of the first of them."""
+    first: dict[tuple[Any, ...], Any] = {}
+    kept = []
+    for row in incidents:
+        what, rank = (row.get("attempt"), row.get("step"), row.get("kind")), row.get("rank")
+        if first.setdefault(what, rank) == rank:
+            kept.append(row)
+    return kept
 
 
 def lock_is_held(lock: Path) -> bool:

@@ -1,10 +1,22 @@
-"""Tables for people: presets and evaluations (rich)."""
+"""Tables for people: presets and evaluations, and what tables share (rich)."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longskip.models.presets import PRESETS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """A table of many columns: on a narrow terminal its lines run over, but no number is cut."""
+    from rich.console import Console
+
+    width = Console(width=1000).measure(table).maximum
+    Console(highlight=False, width=max(console.width, width)).print(table)
 
 
 def preset_rows() -> list[dict[str, Any]]:

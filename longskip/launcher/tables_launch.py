@@ -8,6 +8,7 @@ from typing import Any
 
 from longskip.launcher.rendering import Rendered
 from longskip.launcher.status import Status
+from longskip.launcher.tables import print_whole
 from longskip.profiling import units
 
 _LANGUAGES = {"run.sbatch": "bash", "job.yaml": "yaml", "supervise.py": "python"}
@@ -43,6 +44,11 @@ def _part(console: Any, title: str, text: str, language: str) -> None:
     console.print()
 
 
+def _span(seconds: float) -> str:
+    """Whole seconds below a minute."""
+    return f"{seconds:.0f} s" if seconds < 59.5 else units.duration(seconds)
+
+
 _COLOURS = {"running": "green", "done": "green", "saved": "yellow", "failed": "red", "crashed": "red", "new": "dim"}
 
 
@@ -55,21 +61,23 @@ def print_status(found: list[Status]) -> None:
 
     console = Console()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for title in ("run", "state", "step", "left", "images/s", "MFU", "last commit", "attempts", "goodput"):
-        table.add_column(title, justify="left" if title in ("run", "state") else "right", no_wrap=title != "run")
+    known = any(each.mfu is not None for each in found)  # a column of dashes tells nobody anything
+    titles = ("run", "state", "step", "left", "images/s", *(["MFU"] if known else []), "committed", "starts", "goodput")
+    for title in titles:
+        table.add_column(title, justify="left" if title in ("run", "state") else "right", no_wrap=True)
     for each in found:
         ranks = f" ({each.world})" if each.world and each.state == "running" else ""
         commit = "–"
         if each.committed is not None and each.committed_age is not None:
-            commit = f"{each.committed:,}, {units.duration(each.committed_age)} ago"
+            commit = f"{each.committed:,}, {_span(each.committed_age)} ago"
         table.add_row(
             Text(_printable(each.name)), Text(each.state + ranks, style=_COLOURS[each.state]),
-            f"{each.step:,}" + (f" of {each.steps:,}" if each.steps else ""),
-            "–" if each.eta is None else units.duration(each.eta), units.rate(each.images_per_second),
-            units.share(each.mfu), commit,
-            f"{each.attempts}" + (f", {each.restarts} restarted" if each.restarts else ""), units.share(each.goodput),
+            f"{each.step:,}" + (f"/{each.steps:,}" if each.steps else ""),
+            "–" if each.eta is None else _span(each.eta), units.rate(each.images_per_second),
+            *([units.share(each.mfu)] if known else []), commit,
+            f"{each.attempts}" + (f" ({each.restarts} again)" if each.restarts else ""), units.share(each.goodput),
         )  # fmt: skip
-    console.print(table)
+    print_whole(console, table)
     for each in found:
         if each.incident_count:
             console.print(Text(_printable(f"{each.name}: {each.incident_count} incident(s)"), style="bold"))

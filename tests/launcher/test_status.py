@@ -51,6 +51,14 @@ def run_folder(
     return folder
 
 
+def test_what_every_rank_tells_is_one_incident(tmp_path: Path) -> None:
+    rows = [("spike", 7, 0), ("spike", 7, 1), ("spike", 8, 1), ("bad_checkpoint", 8, 0), ("bad_checkpoint", 8, 0)]
+    incidents = [{"attempt": 1, "kind": kind, "step": step, "rank": rank} for kind, step, rank in rows]
+    write(tmp_path / "run", [Resumed(1, 0), line(1, 0, 9, 9.0)], [], incidents)
+    found = status_of(tmp_path / "run", now=NOW)
+    assert found.incident_count == 4 and [row["kind"] for row in found.incidents][1:] == ["bad_checkpoint"] * 2
+
+
 def test_a_finished_run(tmp_path: Path) -> None:
     found = status_of(run_folder(tmp_path / "run"), now=NOW)
     assert (found.name, found.state, found.step, found.steps, found.eta) == ("run", "done", 70, 100, None)
@@ -130,7 +138,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     with pytest.raises(SystemExit):
         main(["status"])
     said = capsys.readouterr().out
-    for word in ("one", "two", "done", "70 of 100", "60, ", "2, 1 restarted", "4 incident(s)", "restarted at step 30"):
+    for word in ("one", "two", "done", "70/100", "60, ", "2 (1 again)", "4 incident(s)", "restarted at step 30"):
         assert word in said, said
     assert "\x1b]" not in said and "\x07" not in said
     with pytest.raises(SystemExit):

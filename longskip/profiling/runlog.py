@@ -188,7 +188,10 @@ class RunLog:
     def _inside(self, folder: Path, name: str) -> Path | None:
         """The file ``name`` of ``folder``; None when it does not exist or lies outside the run folder."""
         file = folder / name
-        return file if file.is_file() and file.resolve().is_relative_to(self.path.resolve()) else None
+        try:
+            return file if file.is_file() and file.resolve().is_relative_to(self.path.resolve()) else None
+        except OSError:  # a name that is too long for the file system
+            return None
 
 
 def _load_object(file: Path) -> dict[str, Any]:

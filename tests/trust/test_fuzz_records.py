@@ -191,6 +191,12 @@ def test_files_of_a_run(sandbox: Sandbox, name: str, cases: int) -> None:
     fuzz(cases // 2, strategy, lambda data: sandbox.run("run", sound() | {name: data}))
 
 
+def test_names_that_no_file_system_takes(sandbox: Sandbox) -> None:
+    for file in ("x" * 70_000, "a\0b", "../" * 3000):
+        told = json.dumps({"prompts": ["a"], "files": [file]}).encode()
+        assert sandbox.run("run", sound() | {"samples/step-00000010/prompts.json": told}).kind == "fine"
+
+
 def test_a_bomb_in_the_configuration_of_a_run(sandbox: Sandbox) -> None:
     bomb = "a: &a [x, x]\n" + "".join(
         f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(20)

@@ -295,12 +295,14 @@ class Leader:
     def _close(self) -> None:
         """An attempt is over: what comes next."""
         kinds = {ending.kind for ending in self._endings}
+        finished = any(ending.rank == 0 and ending.kind == "done" for ending in self._endings)
         cause = self._cause()
         if cause is not None:
             verb = "hangs" if cause.kind == "hung" else "died" if cause.kind == "died" else "ended"
             kind = {"hung": "rank_hung", "died": "rank_died"}.get(cause.kind)
             why = f"rank {cause.rank} {verb} at step {cause.step + 1}: {cause.detail}"
-            if kind:
+            # Who dies on leaving, after the last commit, costs nothing: the attempt's line tells.
+            if kind and not finished:
                 self._note(kind, why, rank=cause.rank, step=cause.step)
         elif self._gone:
             why = f"{_nodes(self._gone)} lost"
@@ -312,7 +314,7 @@ class Leader:
             return self._stop(EXIT_USAGE, "")
         if "final" in kinds:
             return self._stop(EXIT_FAILED, "this error would come again; the ranks are not started again")
-        if any(ending.rank == 0 and ending.kind == "done" for ending in self._endings):
+        if finished:
             return self._stop(EXIT_DONE, "")
         if cause is None and not self._gone and (self._asked or not self._growing):
             return self._stop(EXIT_SAVED, "")

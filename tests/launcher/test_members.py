@@ -103,6 +103,17 @@ def test_all_ranks_done() -> None:
     assert play.kinds() == []  # who leaves at the end is not lost
 
 
+def test_a_rank_that_dies_when_all_is_done_is_no_incident() -> None:
+    play = Play(nodes=1, ranks=2)
+    play.run(0)
+    plan = play.ends(0, Ending(0, "done"), died(1, "killed by SIGABRT"))
+    while plan.order != "stop":
+        plan = play.turn()
+    assert (plan.code, play.kinds()) == (0, [])
+    (ended,) = (note for note in play.notes if note.kind == "ended")
+    assert "rank 1 died" in ended.detail
+
+
 def test_a_rank_that_dies_ends_all_and_the_next_attempt_waits_until_they_are_gone() -> None:
     play = Play()
     play.commit = 3

@@ -291,8 +291,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         "",
         f"ZeRO-3, {result['parameters']:,} parameters, fp32 with EMA: 16 bytes a parameter over all ranks. Of each turn the "
         "slowest rank counts; ratios are of the same turn. Median (20th–80th percentile). Page cache: "
-        f"{result['page_cache']}. A save ends when its rename is on the disk; all ranks agree to it at the end of a step, so up "
-        "to a step's time of it is waiting.",
+        f"{result['page_cache']}. A save ends when its rename is on the disk; ranks hear of it at the next step's end.",
     ]
     for row in result["ranks"]:
         seconds, ratios = row["seconds"], row["ratios"]

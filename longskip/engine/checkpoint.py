@@ -61,8 +61,7 @@ def save(
     """
     draft = Draft(checkpoints, step, shards, keep_last, keep_every)
     draft.open()
-    draft.join(draft.write(partial(live, shards)))
-    draft.close(draft.commit(json.dumps(state, indent=1)) if shards.rank == 0 else None)
+    draft.in_the_foreground(json.dumps(state, indent=1))
     return draft.final
 
 
@@ -70,9 +69,9 @@ def save(
 class Draft:
     """A checkpoint in the making, by the verbs that a save is made of, in their order.
 
-    ``open``, ``join`` and ``close`` are for all ranks together; they raise DiskFullError or CheckpointError on all of them,
-    the folder removed. ``write`` (each rank's own files) and ``commit`` (the first rank's) speak to no other rank and may run
-    in a thread; a failure of theirs is a value, to be given to the next verb.
+    ``open`` and ``close`` are for all ranks together; they raise DiskFullError or CheckpointError on all of them, the folder
+    removed. ``write`` (each rank's own files) and ``commit`` (the first rank's, of all that ranks' ``write`` returned) speak to
+    no other rank and may run in a thread; a failure of theirs is a value, to be given to the next verb.
     """
 
     checkpoints: Path
@@ -86,7 +85,6 @@ class Draft:
         self.final = self.checkpoints / f"step-{self.step:08d}"
         self.temporary = self.checkpoints / f"step-{self.step:08d}.tmp"
         self.disk = Disk(self.step)
-        self._files: dict[str, dict[str, Any]] = {}
         # Now and not in the thread: at stage 3 DeepSpeed gathers a parameter that is looked at while a forward pass runs.
         self._model = {
             "model": _specs_of(self.shards.model),
@@ -99,41 +97,42 @@ class Draft:
         rooms: list[Any] = gather_objects(attempt(lambda: self._room() | told))
         failed = [room for room in rooms if "error" in room] or _without_room(self.checkpoints, rooms)
         if failed:
-            raise self._failed(failed)
+            raise self._failed(_first_of(failed))
         return rooms
 
     def write(self, pieces: Pieces) -> dict[str, Any]:
         """This rank's files, of what ``pieces`` gives for its slices."""
         return attempt(lambda: {"files": self._write(pieces)})
 
-    def join(self, part: dict[str, Any]) -> None:
-        """Learn of every rank's files, given what this one's ``write`` returned."""
-        parts: list[Any] = gather_objects(part)
-        if failed := [part for part in parts if "error" in part]:
-            raise self._failed(failed)
-        self._files = {name: entry for part in parts for name, entry in part["files"].items()}
-
-    def commit(self, state: str) -> dict[str, Any]:
+    def commit(self, state: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
         """The one rename that makes it a checkpoint, and the removal of old ones; ``state``: the text of state.json.
 
-        ``{"committed": when by this process's monotonic clock}``.
+        ``{"committed": when by this process's monotonic clock}``, or the failure of one of ``parts``.
         """
-        return attempt(lambda: self._commit(state))
+        if failed := [part for part in parts if "error" in part]:
+            return _first_of(failed)
+        files = {name: entry for part in parts for name, entry in part["files"].items()}
+        return attempt(lambda: self._commit(state, files))
+
+    def in_the_foreground(self, state: str) -> None:
+        """``write``, ``commit`` and ``close`` on all ranks together, of what lies in the run's own memory."""
+        parts: list[Any] = gather_objects(self.write(partial(live, self.shards)))
+        self.close(self.commit(state, parts) if self.shards.rank == 0 else None)
 
     def close(self, committed: dict[str, Any] | None) -> dict[str, Any]:
         """What ``commit`` returned on the first rank, which gives it; all ranks learn whether it was committed."""
         agreed: Any = broadcast_object(committed)
         if "error" in agreed:
-            raise self._failed([agreed])
+            raise self._failed(agreed)
         faults.point("save.done", step=self.step)
         return agreed  # type: ignore[no-any-return]
 
-    def _failed(self, failed: list[dict[str, Any]]) -> CheckpointError:
+    def _failed(self, failure: dict[str, Any]) -> CheckpointError:
         if self.shards.rank == 0:
             shutil.rmtree(self.temporary, ignore_errors=True)
         barrier()
-        kind = DiskFullError if any(part["disk_full"] for part in failed) else CheckpointError
-        what = f"checkpoint of step {self.step} was not written: {failed[0]['error']}"
+        kind = DiskFullError if failure["disk_full"] else CheckpointError
+        what = f"checkpoint of step {self.step} was not written: {failure['error']}"
         error = kind(what, cure=f"free space for {self.final}")
         error.alike = True
         return error
@@ -167,12 +166,12 @@ class Draft:
         faults.point("save.shard_written", step=self.step)
         return sealed
 
-    def _commit(self, state: str) -> dict[str, Any]:
+    def _commit(self, state: str, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
         disk, temporary = self.disk, self.temporary
         with contextlib.suppress(OSError):  # a record that cannot be written has been complained of
             for record in self.records:
                 disk.sync(record)
-        files = self._files | {"state.json": disk.write_text(temporary / "state.json", state)}
+        files = files | {"state.json": disk.write_text(temporary / "state.json", state)}
         faults.point("save.before_manifest", step=self.step)
         manifest = {
             "format": FORMAT,
@@ -198,6 +197,10 @@ class Draft:
             disk.rename(self.checkpoints / ".latest.tmp", self.checkpoints / "latest")
             _prune(self.checkpoints, self.keep_last, self.final, self.keep_every, disk)
         return {"committed": committed}
+
+
+def _first_of(failed: list[dict[str, Any]]) -> dict[str, Any]:
+    return failed[0] | {"disk_full": any(part["disk_full"] for part in failed)}
 
 
 def attempt(act: Callable[[], dict[str, Any]]) -> dict[str, Any]:

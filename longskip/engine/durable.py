@@ -31,6 +31,11 @@ class Disk:
     def stop(self) -> None:
         self._stopped.set()
 
+    def pause(self, seconds: float) -> None:
+        """Wait so long; raises CheckpointError once the save is given up."""
+        if self._stopped.wait(seconds):
+            raise self._given_up()
+
     def write(self, path: Path, fill: Callable[[BinaryIO], Any]) -> dict[str, Any]:
         """A new file of what ``fill`` writes, on the disk when this returns: ``{"bytes", "sha256"}``.
 
@@ -77,8 +82,11 @@ class Disk:
 
     def _next(self) -> None:
         if self._stopped.is_set():
-            raise CheckpointError(f"the save of step {self.step} was given up")
+            raise self._given_up()
         faults.point("save.io", step=self.step)
+
+    def _given_up(self) -> CheckpointError:
+        return CheckpointError(f"the save of step {self.step} was given up")
 
 
 class _Hashed(io.RawIOBase):

@@ -1,9 +1,9 @@
-"""A run's saves: copied at a step's end, written while training goes on, committed once every rank has said that it is done.
+"""A run's saves: copied at a step's end, written while training goes on, committed once every rank has brought its part.
 
-Between the copy and the commit no rank waits for another: a rank adds one figure to the step's control figures (1 where its
-part is done), and when the sum says that all are, all of them meet twice, for a moment, at a step's end: to give the first
-rank the hashes of their files, and to hear from it that the checkpoint is committed. A thread never communicates. So all
-ranks agree at the same step what became of a save.
+Between the copy and the commit no rank waits for another: each rank's thread posts the hashes of its files, the first rank's
+thread commits once it has all of them, and adds one figure to the step's control figures. When that is told, all ranks meet
+for a moment at the step's end, to hear what became of the save: so all of them know it from the same step on. A thread takes
+part in no collective.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from longskip.engine import faults
-from longskip.engine.checkpoint import Draft, attempt, live
+from longskip.engine.checkpoint import Draft, Pieces, attempt
 from longskip.engine.config import CheckpointGroup
+from longskip.engine.distributed import barrier
+from longskip.engine.post import Post
 from longskip.engine.shards import Shards
 from longskip.engine.snapshot import Snapshot
-from longskip.errors import CheckpointError
+from longskip.errors import CheckpointError, PeerLostError
 
 PATIENCE = 2.0  # seconds that a rank which fails waits for its thread
 
@@ -45,7 +46,7 @@ class Saved:
 
 @dataclass
 class _Running:
-    """A save in the background; ``result`` is that of the thread that runs, or has run last."""
+    """A save in the background: this rank's part of it, and on the first rank, which waits for all parts, the commit."""
 
     draft: Draft
     state: str
@@ -54,21 +55,40 @@ class _Running:
     held: float = 0.0  # none in the foreground
     seconds: float = 0.0
     committing: bool = False
-    thread: threading.Thread | None = None
-    result: dict[str, Any] | None = None
+    brought: threading.Event = field(
+        default_factory=threading.Event
+    )  # this rank's part is written and posted, or failed
+    outcome: dict[str, Any] | None = None  # on the first rank
+    lost: PeerLostError | None = None  # what the thread met where the others cannot hear of it
 
-    def start(self, act: Callable[[], dict[str, Any]]) -> None:
-        self.result = None
-
-        def run() -> None:
-            try:
-                result = attempt(act)
-            except Exception as error:  # of any kind: the other ranks must hear of it
-                result = {"error": f"{type(error).__name__}: {error}", "disk_full": False}
-            self.result = result | {"seconds": result.get("committed", 0.0) - self.begun}
-
-        self.thread = threading.Thread(target=run, name="longskip-save", daemon=True)
+    def start(self, pieces: Pieces, post: Post, name: str) -> None:
+        self.thread = threading.Thread(target=self._run, args=(pieces, post, name), name="longskip-save", daemon=True)
         self.thread.start()
+
+    def _run(self, pieces: Pieces, post: Post, name: str) -> None:
+        part = _foreseen_or_not(lambda: self.draft.write(pieces))
+        try:
+            if post.rank > 0:
+                post.tell(name, part)
+        except PeerLostError as error:
+            self.lost = error
+        finally:
+            self.brought.set()
+        if post.rank == 0:
+            self.outcome = _foreseen_or_not(lambda: self._commit(post.hear(name, part, self.draft.disk.pause)))
+
+    def _commit(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
+        self.committing = True
+        outcome = self.draft.commit(self.state, parts)
+        return outcome | {"seconds": outcome.get("committed", 0.0) - self.begun}
+
+
+def _foreseen_or_not(act: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A thread's result, which may be an error."""
+    try:
+        return attempt(act)
+    except Exception as error:  # of any kind: the other ranks must hear of it
+        return {"error": f"{type(error).__name__}: {error}", "disk_full": False}
 
 
 class Saving:
@@ -93,6 +113,8 @@ class Saving:
         self._background = group.background
         self._snapshot: Snapshot | None = None
         self._running: _Running | None = None
+        self._post: Post | None = None
+        self._begun = 0
 
     # --- the verbs ----------------------------------------------------------------------------------------------------
 
@@ -111,11 +133,10 @@ class Saving:
             if self._opened_for_background(draft, now) and self._snapshot is not None:
                 self._snapshot.take()
                 faults.point("save.snapshot", step=step)
-                run.start(partial(draft.write, self._snapshot.pieces))
-                self._running, run.held = run, time.monotonic() - begun
+                self._start(run, self._snapshot)
+                run.held = time.monotonic() - begun
                 return None
-            draft.join(draft.write(partial(live, self._shards)))
-            draft.close(draft.commit(run.state) if self._shards.rank == 0 else None)
+            draft.in_the_foreground(run.state)
         except CheckpointError as error:
             return self._end(run, error)
         return self._end(run)
@@ -138,22 +159,34 @@ class Saving:
 
     @property
     def figure(self) -> float:
-        """What this rank adds to the control figures: 1.0 once what the others wait for is done here."""
+        """What this rank adds to the control figures: 1.0 on the first one once it knows what became of the save.
+
+        Raises PeerLostError where this rank's part cannot be told to the first one any more.
+        """
         run = self._running
-        if run is None or (run.committing and self._shards.rank > 0):
-            return 0.0
-        return float(run.result is not None)
+        if run is not None and run.lost is not None:
+            raise run.lost
+        return float(run is not None and run.outcome is not None)
 
     def hear(self, total: float) -> None:
-        """``total``: every rank's ``figure``, summed. Where all are done the save goes on, or ends."""
-        run = self._running
-        if run is not None and round(total) == (1 if run.committing else self._shards.world):
-            self._advance(run)
+        """``total``: every rank's ``figure``, summed. Where the first rank knows what became of the save, all hear it."""
+        if self._running is not None and total:
+            self._conclude(self._running)
 
     def settle(self) -> None:
-        """Return once the save in the background, if there is one, is committed or has failed; all ranks call it."""
-        while (run := self._running) is not None:
-            self._advance(run)
+        """Return once the save in the background, if there is one, is committed or has failed; all ranks call it.
+
+        They meet when each has brought its part, so that a rank which is gone is missed there, and not waited for.
+        """
+        if (run := self._running) is not None:
+            begun = time.monotonic()
+            run.brought.wait()
+            if run.lost is not None:
+                raise run.lost
+            barrier()
+            run.thread.join()
+            run.held += time.monotonic() - begun
+            self._conclude(run)
 
     def release(self) -> None:
         """Give the memory of the copy back; the next save asks for it anew."""
@@ -164,7 +197,7 @@ class Saving:
 
         Where all parts are there the first rank still commits them, if that is soon done.
         """
-        if (run := self._running) is not None and run.thread is not None:
+        if (run := self._running) is not None:
             if not run.committing:
                 run.draft.disk.stop()
             run.thread.join(PATIENCE)
@@ -172,28 +205,21 @@ class Saving:
 
     # --- the way of a save in the background --------------------------------------------------------------------------
 
-    def _advance(self, run: _Running) -> None:
-        """From written to committing, or from committing to the end; all ranks together."""
-        begun, first = time.monotonic(), self._shards.rank == 0
-        if run.thread is not None:
-            run.thread.join()
+    def _start(self, run: _Running, snapshot: Snapshot) -> None:
+        self._post = self._post or Post(self._shards.rank, self._shards.world)
+        self._begun += 1
+        run.start(snapshot.pieces, self._post, f"save-{self._begun}")
+        self._running = run
+
+    def _conclude(self, run: _Running) -> None:
+        """All ranks hear from the first one what became of the save."""
+        begun, self._running, failed = time.monotonic(), None, None
         try:
-            if run.committing:
-                run.seconds = run.draft.close(run.result if first else None)["seconds"]
-                self._running = None
-            else:
-                run.draft.join(run.result or {})
-                run.committing, run.thread = True, None
-                if first:
-                    run.start(partial(run.draft.commit, run.state))
+            run.seconds = run.draft.close(run.outcome)["seconds"]
         except CheckpointError as error:
-            self._running = None
-            run.held += time.monotonic() - begun
-            self._end(run, error)
-            return
+            failed = error
         run.held += time.monotonic() - begun
-        if self._running is None:
-            self._end(run)
+        self._end(run, failed)
 
     def _end(self, run: _Running, error: CheckpointError | None = None) -> Saved:
         background = run.held > 0

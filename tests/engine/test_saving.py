@@ -430,11 +430,43 @@ def test_a_commit_that_all_have_brought_their_parts_to_is_made_by_a_rank_that_en
     saver = saving_of(tmp_path, shards)
     fill(shards, STEP)
     saver.save(STEP, {"step": STEP})
-    while not saver.figure:
-        time.sleep(0.001)
-    saver.hear(1.0)
+    while not saver._running.committing:  # type: ignore[union-attr]
+        time.sleep(0.0001)
     saver.close()
     assert check(tmp_path / "step-00000003") == STEP
+
+
+def _no_step_comes(checkpoints: Path) -> None:
+    """Between ``save`` and the commit no rank says anything to another in a collective: each only waits for the folder."""
+    shards = bare_shards()
+    fill(shards, STEP)
+    saver = saving_of(checkpoints, shards)
+    saver.save(STEP, {"step": STEP})
+    deadline = time.monotonic() + 60
+    while not (checkpoints / "step-00000003").exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert check(checkpoints / "step-00000003") == STEP
+    saver.settle()
+
+
+def test_a_commit_waits_for_no_steps_end(tmp_path: Path) -> None:
+    assert bare_ranks(2, tmp_path / "store", _no_step_comes, tmp_path / "saved") == [0, 0]
+
+
+def _gone(checkpoints: Path) -> None:
+    shards = bare_shards()
+    saver = saving_of(checkpoints, shards)
+    if shards.rank == 1:
+        durable.Disk._next = lambda disk: os._exit(7)  # type: ignore[method-assign, assignment]
+    saver.save(STEP, {"step": STEP})
+    with pytest.raises(RuntimeError):
+        saver.settle()
+    saver.close()
+    assert names(checkpoints) == ["step-00000003.tmp"]
+
+
+def test_a_rank_that_dies_before_its_part_is_brought_is_missed_and_not_waited_for(tmp_path: Path) -> None:
+    assert bare_ranks(2, tmp_path / "store", _gone, tmp_path / "saved") == [0, 7]
 
 
 def test_a_rank_that_fails_alone_gives_up_what_is_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,8 +166,8 @@ CHECKPOINT_FAULTS = (
                     ),
                     Patch(
                         "longskip/engine/saving.py",
-                        "            except Exception as error:  # of any kind",
-                        "            except CheckpointError as error:  # of any kind",
+                        "    except Exception as error:  # of any kind",
+                        "    except CheckpointError as error:  # of any kind",
                     ),
                 ),
             ),

@@ -28,16 +28,16 @@ class Post:
 
     def tell(self, name: str, value: Any) -> None:
         """From a rank other than the first; returns when the store has it."""
-        key = _key(name, self.rank)
-        self._ask(lambda store: store.set(key, json.dumps(value)))
-        self._ask(lambda store: store.check([key]))  # its answer: a set alone is sent, and waits for none
+        self._ask(lambda store: store.set(_key(name, self.rank), json.dumps(value)))
+        self._ask(lambda store: store.add(_key(name, "told"), 1))  # answers: a set alone is sent, and waits for nothing
 
     def hear(self, name: str, own: Any, pause: Callable[[float], None]) -> list[Any]:
         """Every rank's value in their order, ``own`` the first; ``pause(seconds)`` waits between looks, and may raise."""
-        keys = [_key(name, rank) for rank in range(1, self.world)]
-        while keys and not self._ask(lambda store: store.check(keys)):
+        if self.world == 1:
+            return [own]
+        while self._ask(lambda store: store.add(_key(name, "told"), 0)) < self.world - 1:
             pause(EVERY)
-        return [own, *self._ask(lambda store: [_taken(store, key) for key in keys])]
+        return [own, *self._ask(lambda store: _taken(store, name, self.world))]
 
     def _ask(self, act: Callable[[Any], Any]) -> Any:
         try:
@@ -49,11 +49,13 @@ class Post:
             ) from None
 
 
-def _key(name: str, rank: int) -> str:
-    return f"longskip/{name}/{rank}"
+def _key(name: str, what: int | str) -> str:
+    return f"longskip/{name}/{what}"
 
 
-def _taken(store: Any, key: str) -> Any:
-    value = json.loads(store.get(key))
-    store.delete_key(key)
-    return value
+def _taken(store: Any, name: str, world: int) -> list[Any]:
+    keys = [_key(name, rank) for rank in range(1, world)]
+    values = [json.loads(value) for value in store.multi_get(keys)]
+    for key in (*keys, _key(name, "told")):
+        store.delete_key(key)
+    return values

@@ -42,15 +42,30 @@ class Report:
     asked: str = ""  # the name of a signal that this supervisor was sent
     step: int = -1
     checked: str = ""  # preflight: "" not done, "ok", or the exit code
+    judged: tuple[int, str] = (0, "")  # node 0's: the last guest that it looked at, and what stands against it
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Report:
-        return cls(**(value | {"endings": tuple(Ending(**ending) for ending in value["endings"])}))
+        endings = tuple(Ending(**ending) for ending in value["endings"])
+        number, why = value["judged"]
+        return cls(**(value | {"endings": endings, "judged": (number, why)}))
+
+
+@dataclass(frozen=True)
+class Guest:
+    """A supervisor that came after the preflight, or back, and is being looked at; ``number`` counts them from 1."""
+
+    number: int
+    node: int
+    session: str
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What all nodes should be at: ``shares`` are the ranks of every node in ``attempt``, in the order of the nodes."""
+    """What all nodes should be at: ``shares`` are the ranks of every node in ``attempt``, in the order of the nodes.
+
+    ``guest`` is looked at beside that; ``refused`` are (session, why) of supervisors that are not taken in.
+    """
 
     session: str
     beat: int = 0
@@ -61,6 +76,8 @@ class Plan:
     at_once: bool = False  # with end: no time for the ranks to say what is wrong with them
     signal: str = ""  # with save: the signal that is passed on
     code: int = 0  # with stop
+    guest: Guest | None = None
+    refused: tuple[tuple[str, str], ...] = ()
 
     @property
     def world(self) -> int:
@@ -71,7 +88,9 @@ class Plan:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Plan:
-        return cls(**(value | {"shares": tuple(value["shares"])}))
+        guest = Guest(**value["guest"]) if value["guest"] else None
+        refused = tuple((session, why) for session, why in value["refused"])
+        return cls(**(value | {"shares": tuple(value["shares"]), "guest": guest, "refused": refused}))
 
 
 @dataclass(frozen=True)
@@ -129,6 +148,11 @@ class Leader:
         self._heard: dict[int, float] = {}
         self._lost: set[int] = set()
         self._sessions: dict[int, str] = {}
+        self._passed: dict[int, str] = {}  # node -> the session that a preflight found nothing against
+        self._refused: dict[int, tuple[str, str]] = {}  # node -> (session, why)
+        self._told: dict[int, str] = {}  # node -> why it was refused, when that was last told
+        self._guests = 0
+        self._back: set[int] = set()  # were lost, and are heard of again; told once they may run
         self._endings: list[Ending] = []
         self._gone: list[int] = []  # nodes whose loss ended the attempt
         self._asked = ""
@@ -142,23 +166,37 @@ class Leader:
         """Whether the node was heard of lately and has not left."""
         return node in self._heard and node not in self._lost
 
+    def _may_run(self, node: int) -> bool:
+        """Whether the node is alive, and no preflight of it is still to be done or has refused it."""
+        return self.alive(node) and (not self._checks_guests or self._passed.get(node) == self._marks[node][0])
+
+    @property
+    def _checks_guests(self) -> bool:
+        """Whether the preflight of all is over, so that who comes now is looked at alone."""
+        return self._checked and self.terms.preflight == "yes"
+
     def _hear(self, reports: Mapping[int, Report]) -> None:
         for node, report in reports.items():
             mark = (report.session, report.beat)
             if self._marks.get(node) != mark and report.state != "left":
+                self._marks[node], self._heard[node] = mark, self.now
                 if node in self._lost:
                     self._lost.discard(node)
+                    self._back.add(node)
+                if node in self._back and self._may_run(node):
+                    self._back.discard(node)
                     self._note("node_back", f"node {node} is heard of again", node=node)
-                self._marks[node], self._heard[node] = mark, self.now
             silent = self.now - self._heard.get(node, self.now)
             if self.phase == "stopped":  # they leave because they were told to
                 if report.state == "left":
                     self._lost.add(node)
                 continue
             if self.alive(node) and (report.state == "left" or silent >= self.terms.node_timeout):
+                known = self._may_run(node)
                 self._lost.add(node)
+                self._passed.pop(node, None)
                 left = "its supervisor has ended" if report.state == "left" else f"not heard of for {silent:.0f} s"
-                if self.phase != "stopped":  # at the end all leave
+                if known:  # a guest's coming was not told either
                     self._note("node_lost", f"node {node} is lost: {left}", node=node)
 
     def _note(self, kind: str, detail: str, **where: Any) -> None:
@@ -183,11 +221,47 @@ class Leader:
                     self._asked = report.asked
                     self._note("signal", f"{report.asked} to node {node}: all ranks are asked to save", node=node)
                     break
+        self._receive(reports)
         act = {"gathering": self._gather, "checking": self._check, "running": self._run, "ending": self._end}
         if self.phase != "stopped":
             act[self.phase](reports)
         self.plan = replace(self.plan, beat=self.plan.beat + 1)
         return self.plan
+
+    def _receive(self, reports: Mapping[int, Report]) -> None:
+        """Have those that came after the preflight, or back, looked at one after another."""
+        if not self._checks_guests or self._asked or self.phase == "stopped":
+            return
+        guest = self.plan.guest
+        if guest is not None and reports[0].judged[0] == guest.number:
+            if self.alive(guest.node) and self._marks[guest.node][0] == guest.session:
+                self._answer(guest, reports[0].judged[1])
+            guest = None
+        if guest is None:
+            waiting = [
+                node
+                for node in range(self.terms.nodes)
+                if self.alive(node)
+                and not self._may_run(node)
+                and self._refused.get(node, ("",))[0] != self._marks[node][0]
+            ]
+            if waiting:
+                self._guests += 1
+                guest = Guest(self._guests, waiting[0], self._marks[waiting[0]][0])
+        refused = tuple(sorted(self._refused.values()))
+        self.plan = replace(self.plan, guest=guest, refused=refused)
+
+    def _answer(self, guest: Guest, why: str) -> None:
+        """Take the guest in, or refuse it; a node that comes again with the same fault is not told of again."""
+        if not why:
+            self._passed[guest.node] = guest.session
+            self._refused.pop(guest.node, None)
+            self._told.pop(guest.node, None)
+            return
+        self._refused[guest.node] = (guest.session, why)
+        if self._told.get(guest.node) != why:
+            self._told[guest.node] = why
+            self._note("node_refused", f"node {guest.node} is not taken in: {why}", node=guest.node)
 
     def _gather(self, reports: Mapping[int, Report]) -> None:
         """Wait for the nodes, then begin an attempt on those that are there."""
@@ -195,7 +269,7 @@ class Leader:
             return self._stop(EXIT_SAVED, "asked to stop before the ranks were started")
         terms = self.terms
         waited = self.now - self._since
-        here = [node for node in range(terms.nodes) if self.alive(node)]
+        here = [node for node in range(terms.nodes) if self._may_run(node)]
         absent = [node for node in range(terms.nodes) if node not in here]
         if any(reports[node].state == "running" or self._heard[node] <= self._since for node in here):
             return (
@@ -203,6 +277,8 @@ class Leader:
             )
         if absent and not terms.elastic and (lost := [node for node in absent if node in self._lost]):
             return self._stop(EXIT_FAILED, f"{_nodes(lost)} lost; launch --elastic goes on with those that are left")
+        if not terms.elastic and (refused := [n for n in absent if n in self._refused]):
+            return self._stop(EXIT_FAILED, f"{_nodes(refused)} not taken in, and without --elastic all are needed")
         enough = not absent or (
             terms.elastic
             and len(here) >= terms.min_nodes
@@ -237,7 +313,7 @@ class Leader:
         if any(not self.alive(node) for node in found):
             return self._stop(EXIT_FAILED, "a node was lost during the preflight")
         if all(code == "ok" for code in found.values()):
-            self._checked = True
+            self._checked, self._passed = True, dict(self._sessions)
             if self.terms.preflight == "only":
                 return self._stop(EXIT_DONE, "")
             self.phase = "gathering"
@@ -252,7 +328,10 @@ class Leader:
         self.phase, self._first, self._growing = "running", False, False
         self._sessions = {node: self._marks[node][0] for node, share in enumerate(shares) if share}
         self._endings, self._gone, self._step = [], [], self.terms.committed()
-        self.plan = Plan(self.session, self.plan.beat, self.attempt, "run", tuple(shares))
+        self.plan = Plan(
+            self.session, self.plan.beat, self.attempt, "run", tuple(shares),
+            guest=self.plan.guest, refused=self.plan.refused,
+        )  # fmt: skip
         self._note("started", f"{world} rank(s) on {_nodes(self._sessions)}", shares=tuple(shares))
 
     def _run(self, reports: Mapping[int, Report]) -> None:
@@ -272,7 +351,7 @@ class Leader:
         elif self._asked and not self.plan.signal:
             self.plan = replace(self.plan, order="save", signal=self._asked)
         elif self.terms.elastic and self.plan.order == "run":
-            here = [n for n in range(self.terms.nodes) if self.alive(n)]
+            here = [n for n in range(self.terms.nodes) if self._may_run(n)]
             if self._world(len(here)) > self.plan.world:
                 self._growing = True
                 self.plan = replace(self.plan, order="save", signal="SIGUSR1")
@@ -318,8 +397,9 @@ class Leader:
             return self._stop(EXIT_DONE, "")
         if cause is None and not self._gone and (self._asked or not self._growing):
             return self._stop(EXIT_SAVED, "")
-        if self._asked:
-            return self._stop(EXIT_FAILED, f"{why}; asked to stop, it is not started again")
+        if self._asked and not self._is_loop(committed):
+            step = "the beginning" if committed < 0 else f"step {committed}"
+            return self._stop(EXIT_SAVED, f"asked to stop, and not saved: the same command goes on from {step}")
         self.phase, self._since = "gathering", self.now
         self.plan = replace(self.plan, order="wait")
         if cause is None and not self._gone:
@@ -331,12 +411,16 @@ class Leader:
         bad = [ending for ending in self._endings if ending.kind not in ("done", "saved")]
         return next((e for e in bad if e.signal), bad[0] if bad else None)
 
-    def _again(self, committed: int) -> None:
-        """After a failure: once more, unless this was tried ``restarts`` times since the last new commit."""
+    def _is_loop(self, committed: int) -> bool:
+        """Whether ``restarts`` attempts since the last new commit have failed already."""
         if committed > self._base:
             self._base, self._tries = committed, 0
+        return self._tries >= self.terms.restarts
+
+    def _again(self, committed: int) -> None:
+        """After a failure: once more, unless it is a crash loop."""
         step = "from the beginning" if committed < 0 else f"from step {committed}"
-        if self._tries >= self.terms.restarts:
+        if self._is_loop(committed):
             said = f"{self._tries} restart(s) {step} have not led to a new commit"
             self._note("crash_loop", said)
             return self._stop(EXIT_FAILED, f"{said}: the run ends here")

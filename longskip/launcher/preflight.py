@@ -38,12 +38,13 @@ HEARD_SECONDS = 2.0
 @dataclass(frozen=True)
 class Outcome:
     """The verdict, the same on all nodes. ``seconds``: of this node's whole preflight; ``slowest``: probe → seconds on the node
-    where it took longest."""
+    where it took longest. ``own``: what this node found."""
 
     findings: tuple[Finding, ...]
     nodes: int
     seconds: float
     slowest: dict[str, float]
+    own: Facts
 
     @property
     def refused(self) -> bool:
@@ -140,7 +141,7 @@ def check(
         ) from None
     finally:
         folder.release()
-    return Outcome(findings, len(members), time.monotonic() - began, verdict["slowest"])
+    return Outcome(findings, len(members), time.monotonic() - began, verdict["slowest"], facts)
 
 
 def _verdict(board: Board, own: Facts, needs: Needs, until: float) -> dict[str, Any]:

@@ -35,7 +35,8 @@ _ROUNDS = 20  # small ones, for the latency
 
 
 def interconnect(board: Board, node: int, members: Sequence[int], bind: str | None) -> Probe:
-    """Runs this node's process, one of those of ``members``; ``bind`` is where node 0 serves. One node alone tries its GPUs."""
+    """Runs this node's process, one of those of ``members``; ``bind`` is where node 0 serves. One node alone, whichever it is,
+    tries its GPUs."""
 
     def probe(found: Found) -> None:
         deadline = time.monotonic() + SECONDS
@@ -69,12 +70,12 @@ def _talk(
     nodes = len(members)
     order: dict[str, Any] = {"rank": list(members).index(node), "world": nodes, "cuda": uses_gpus()}
     try:
-        if node:
+        if order["rank"]:
             order |= board.take("reduction", deadline - time.monotonic())
         else:
             order["address"] = own_address(board, node, nodes, bind)
         _say(process.stdin, order)
-        if nodes > 1 and node == 0:
+        if nodes > 1 and order["rank"] == 0:
             board.put("reduction", {"address": order["address"], "port": _hear(process, deadline)["port"]})
         return _hear(process, deadline)
     except (OSError, TimeoutError) as error:

@@ -216,6 +216,11 @@ def _check(config: Config, request: Request) -> None:
         raise ConfigError(
             "--min-nodes has no effect: without --elastic all nodes are needed", cure="--elastic, or leave it out"
         )
+    if request.elastic and request.runner == "openmpi" and _by_ssh(request):
+        raise ConfigError(
+            "--elastic does not go with --launcher openmpi: mpirun ends all nodes when it loses one",
+            cure="--launcher pdsh or slurm, or --no-ssh",
+        )
     if request.launcher_args and not _by_ssh(request):
         raise ConfigError(
             "--launcher-arg has no effect: it is for pdsh, mpirun and srun with --on hosts", cure="leave it out"
@@ -335,7 +340,13 @@ def _deepspeed_everywhere(config: Config, request: Request) -> Rendered:
         "pdsh": [],
         # A supervisor alone on its node must not be bound to one core, which all its ranks would share.
         "openmpi": ["--bind-to", "none", "--map-by", "ppr:1:node"],
-        "slurm": [f"--nodes={request.cluster.nodes}", "--ntasks-per-node=1", "--cpu-bind=none", "--kill-on-bad-exit=0"],
+        "slurm": [
+            f"--nodes={request.cluster.nodes}",
+            "--ntasks-per-node=1",
+            "--cpu-bind=none",
+            "--kill-on-bad-exit=0",
+            *(["--wait=0", "--no-kill"] if request.elastic else []),
+        ],
     }[request.runner]
     options = ["--force_multi", "--no_ssh_check", "--launcher", request.runner]
     if config.launch.ssh_port is not None and request.runner == "openmpi":
@@ -351,11 +362,12 @@ def _deepspeed_everywhere(config: Config, request: Request) -> Rendered:
         target = [f"{request.kept}/supervise.py"]
     words, notes = _packed(config, request)
     slots = f"hostfile: one slot a node, for its supervisor, which starts {request.cluster.ranks_per_node} rank(s)"
+    back = ("a node that was lost comes back by this launch with --no-ssh --node-rank I, given there",)
     return Rendered(
         files=files,
         command=(*_runner(config, request), *options, *target, *words),
         environment=_QUIET,
-        notes=_notes(config, request, slots, *notes),
+        notes=_notes(config, request, slots, *(back if request.elastic else ()), *notes),
     )
 
 

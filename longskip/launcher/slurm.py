@@ -11,11 +11,13 @@ import re
 import shlex
 
 from longskip.engine.config import Config
-from longskip.launcher.rendering import MODULE, Rendered, Request, environment_of, supervise_words
+from longskip.launcher.launching import ENDED, STOP
+from longskip.launcher.rendering import HERE, MODULE, Rendered, Request, environment_of, supervise_words
 
-SCRIPT = "run.sbatch"
+SCRIPT, AGAIN = "run.sbatch", "node.sh"
 # The store's address is not known before the job runs: this stands for it while the rest is quoted.
-_STORE = "@STORE@"
+_STORE, _NODE = "@STORE@", "@NODE@"
+FAREWELL_SECONDS = 20
 _HIGHEST_PORT = 65534
 
 
@@ -31,7 +33,48 @@ def render_slurm(config: Config, request: Request) -> Rendered:
         notes.append(f"{slurm.signal_seconds} s before the limit the run is saved; the job is queued again and goes on")
     log = f"{request.kept}/slurm-%j.log".replace("%", "%%").replace("%%j.log", "%j.log")
     submit = ("sbatch", "--parsable", f"--chdir={request.folder}", f"--output={log}", f"{request.kept}/{SCRIPT}")
-    return Rendered(files={SCRIPT: script(config, request)}, command=submit, notes=tuple(notes))
+    files = {SCRIPT: script(config, request)}
+    if request.elastic:
+        files[AGAIN] = again(config, request)
+        notes.append(
+            f"a node that was lost comes back by: {_step('JOB', 'NAME', config)} bash {request.kept}/{AGAIN} I"
+        )
+    return Rendered(files=files, command=submit, notes=tuple(notes))
+
+
+def again(config: Config, request: Request) -> str:
+    """With --elastic: what starts the supervisor of node ``$1`` of the job again, inside its allocation or outside."""
+    words = supervise_words(request, node=_NODE, store=_STORE)
+    store = f'"$(cat -- {shlex.quote(f"{request.kept}/store")})"'
+    shown = {_NODE: '"$1"', _STORE: store}
+    called = " ".join(shown.get(word) or shlex.quote(word) for word in (request.python, "-m", MODULE, *words))
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            f"# A node of a job that was lost and is back: {_step('JOB', 'NAME', config)} bash THIS I",
+            "# Where Slurm has taken it out of the job: sbatch --nodes=1 --nodelist=NAME … THIS I",
+            "",
+            "set -uo pipefail",
+            *_prepared(config, request),
+            f"exec {called}",
+            "",
+        ]
+    )
+
+
+def _step(job: str, name: str, config: Config) -> str:
+    cpus = f" --cpus-per-task={config.launch.slurm.cpus}" if config.launch.slurm.cpus else ""
+    return f"srun --jobid={job} --overlap --nodes=1 --ntasks=1{cpus} --nodelist={name}"
+
+
+def _prepared(config: Config, request: Request) -> list[str]:
+    """The folder, the variables and the user's own lines, before anything is started."""
+    return [
+        f"cd -- {shlex.quote(request.folder)} || exit 2",
+        *(f"export {name}={shlex.quote(value)}" for name, value in environment_of(config, request).items()),
+        f"export {HERE}={shlex.quote(request.kept)}",
+        *([f"source -- {shlex.quote(request.setup)} || exit 2"] if request.setup else []),
+    ]
 
 
 def script(config: Config, request: Request) -> str:
@@ -53,20 +96,23 @@ def script(config: Config, request: Request) -> str:
         *(f"#SBATCH {option}" for option in _options(config, request)),
         "",
         "set -uo pipefail",
-        f"cd -- {shlex.quote(request.folder)} || exit 2",
-        *(f"export {name}={shlex.quote(value)}" for name, value in environment_of(config, request).items()),
-        *([f"source -- {shlex.quote(request.setup)} || exit 2"] if request.setup else []),
+        *_prepared(config, request),
         "",
         "# The first node serves the supervisors' store, at a port of this job's own.",
         'hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") || exit 2',
         "first=${hosts%%$'\\n'*}",
         f"port=$(({config.launch.port} + SLURM_JOB_ID % {ports} * 2))",
+        *([f'printf "%s\\n" "$first:$port" > {shlex.quote(f"{request.kept}/store")}'] if request.elastic else []),
+        f"ended={shlex.quote(f'{request.kept}/{ENDED}-0')}",
+        f'rm -f -- "$ended" {shlex.quote(f"{request.kept}/{STOP}")}',
         "",
         "# A cancelled job waits for its ranks, which save, and is not queued again.",
         "cancelled=",
         "trap 'cancelled=yes' TERM",
-        called,
+        *(_elastic(called) if request.elastic else [called]),
         "code=$?",
+        "# srun's own code is that of whichever node was lost: the first node's supervisor says how the run ended.",
+        '[ -s "$ended" ] && code=$(cat -- "$ended")',
     ]
     if slurm.requeue:
         lines += [
@@ -75,6 +121,19 @@ def script(config: Config, request: Request) -> str:
             "fi",
         ]
     return "\n".join([*lines, 'exit "$code"', ""])
+
+
+def _elastic(called: str) -> list[str]:
+    """The step beside the script: Slurm may never tell of the end of a node that was lost."""
+    return [
+        f"{called} &",
+        "step=$!",
+        "# A node that was lost is not waited for: what is left some time after the first node's end is cut off.",
+        'while kill -0 "$step" 2> /dev/null && [ ! -s "$ended" ]; do sleep 1; done',
+        f'for _ in {{1..{FAREWELL_SECONDS}}}; do kill -0 "$step" 2> /dev/null || break; sleep 1; done',
+        'kill -KILL "$step" 2> /dev/null',
+        'wait "$step"',
+    ]
 
 
 def job_name(run: str) -> str:

@@ -25,7 +25,8 @@ from longskip.engine.signals import ASKING
 from longskip.errors import EXIT_FAILED, EXIT_SAVED, ConfigError, LongskipError, RendezvousError, RunFolderError
 from longskip.launcher import store
 from longskip.launcher.chronicle import Chronicle, newest_commit
-from longskip.launcher.members import Leader, Plan, Report, Terms
+from longskip.launcher.facts import Facts
+from longskip.launcher.members import Guest, Leader, Plan, Report, Terms
 from longskip.launcher.processes import Limits, Team, rank_environment
 
 TICK_SECONDS = 0.1
@@ -96,6 +97,10 @@ class Supervisor:
         self.beat = 0
         self.checked = ""
         self._checking: threading.Thread | None = None
+        self._known: Facts | None = None  # what the preflight of all found on this node
+        self._looking: threading.Thread | None = None
+        self._looked = 0  # the number of the last guest that was looked at from here
+        self.judged: tuple[int, str] = (0, "")
         self._refusal: LongskipError | None = None
         self._shown = 0
         if not what.elastic:
@@ -211,6 +216,7 @@ class Supervisor:
             asked=signal.Signals(self.asked[0]).name if self.asked else "",
             step=self.team.step,
             checked=self.checked,
+            judged=self.judged,
         )
 
     def _lead(self) -> Plan:
@@ -243,6 +249,14 @@ class Supervisor:
         share = plan.shares[node] if node < len(plan.shares) else 0
         if plan.order == "stop":
             return plan.code
+        if (why := dict(plan.refused).get(self.session)) is not None:
+            # Not 2, by which Kubernetes would end the whole job.
+            self._refusal = LongskipError(
+                f"node {node} is not taken in: {why}", cure="put that right there, and start this node again"
+            )
+            return EXIT_FAILED
+        if plan.guest is not None:
+            self._look_at(plan.guest, plan)
         if self.team.running and (self.mine != current or plan.order not in ("run", "save")):
             self.team.end(dump=plan.dump, at_once=plan.at_once)
         if plan.order == "preflight" and share:
@@ -348,12 +362,48 @@ class Supervisor:
             if what.node == 0:
                 preflight.print_outcome(outcome, as_json=what.as_json, brief=what.preflight != "only")
             outcome.refuse()
+            self._known = outcome.own
             self.checked = "ok"
         except LongskipError as error:
             self._refusal, self.checked = error, str(error.exit_code)
         except Exception as error:  # whatever it is, the others must hear that this node has not checked
             said = f"the preflight of node {what.node} failed: {type(error).__name__}: {error}"
             self._refusal, self.checked = LongskipError(said), str(EXIT_FAILED)
+
+    def _look_at(self, guest: Guest, plan: Plan) -> None:
+        """Of a node that came late, or back: what it finds, or what node 0 holds against it; in a thread, as it waits."""
+        mine = self.leader is not None or guest.session == self.session
+        if not mine or guest.number == self._looked or (self._looking is not None and self._looking.is_alive()):
+            return
+        self._looked = guest.number
+        act = self._admit if self.leader is not None else self._look
+        self._looking = threading.Thread(target=act, args=(guest, plan), name="longskip-guest", daemon=True)
+        self._looking.start()
+
+    def _look(self, guest: Guest, plan: Plan) -> None:
+        from longskip.launcher import joining
+
+        with contextlib.suppress(Exception):  # node 0 then hears nothing, and refuses
+            joining.look(
+                store.Wall(self._wall_client()), node=guest.node, config=self.config, run=self.run,
+                bind=self.endpoint.local or None, prefix=f"guest-{guest.number}",
+            )  # fmt: skip
+
+    def _admit(self, guest: Guest, plan: Plan) -> None:
+        from longskip.launcher import joining
+
+        there = {0, guest.node, *(node for node, share in enumerate(plan.shares) if share)}
+        assert self._known is not None
+        try:
+            found = joining.admit(
+                store.Wall(self._wall_client()), guest=guest.node, members=sorted(there), ranks=self.what.ranks,
+                config=self.config, run=self.run, known=self._known, bind=self.endpoint.local or None,
+                prefix=f"guest-{guest.number}",
+            )  # fmt: skip
+            why = joining.told(found)
+        except Exception as error:  # whatever it is: who has not been looked at is not taken in
+            why = f"node 0 could not look at it: {type(error).__name__}: {error}"
+        self.judged = (guest.number, why)
 
     def _wall_client(self) -> Any:
         host = self.endpoint.local if self.what.node == 0 else self.host

@@ -31,7 +31,7 @@ PROCESS_FAULTS = (
             Defence(
                 "the supervisor starts the ranks again",
                 (GONE_SOON,),
-                (Patch(MEMBERS, "        if self._tries >= self.terms.restarts:\n", "        if True:\n"),),
+                (Patch(MEMBERS, "        if self._is_loop(committed):\n", "        if True:\n"),),
             ),
             Defence(
                 "what a rank has started goes with it",

@@ -92,7 +92,8 @@ def act(acts: dict[str, str], attempt: str, rank: int, step: int) -> None:
 
 
 def supervise(words: list[str]) -> int:
-    """A supervisor whose ranks are this file: ``nodes node ranks store elastic CONFIG [overrides]``."""
+    """A supervisor whose ranks are this file: ``nodes node ranks store WAY CONFIG [overrides]``, WAY
+    ``elastic`` or ``fixed``, and ``,preflight`` where there is one."""
     from longskip.launcher import processes, store
     from longskip.launcher.supervisor import Supervision
     from longskip.launcher.supervisor import supervise as run
@@ -106,12 +107,13 @@ def supervise(words: list[str]) -> int:
 
     processes.rank_command = command  # type: ignore[assignment]
     nodes, node, ranks = map(int, words[:3])
+    way = words[4].split(",")
     if nodes == 1:
         store.open_server = lambda *_: mock.MagicMock()  # nobody meets at it, and torch need not be imported
     return run(
         Supervision(
-            nodes=nodes, node=node, ranks=ranks, store=words[3], bind=None, elastic=words[4] == "elastic", min_nodes=1,
-            preflight="no", arguments=("train", *words[5:]),
+            nodes=nodes, node=node, ranks=ranks, store=words[3], bind=None, elastic="elastic" in way, min_nodes=1,
+            preflight="yes" if "preflight" in way else "no", arguments=("train", *words[5:]),
         )
     )  # fmt: skip
 

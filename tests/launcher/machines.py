@@ -157,7 +157,9 @@ def slurm(folder: Path, nodes: int) -> Iterator[dict[str, str]]:
         for process in reversed(running):
             end(process.pid)
             process.wait()
+        mark = f"SLURM_CONF={conf}".encode()
         for each in psutil.process_iter():  # steps are no children of slurmd's, but have its environment
-            with contextlib.suppress(psutil.Error):
-                if each.environ().get("SLURM_CONF") == str(conf):
+            # A step's daemon writes its title over the first variables, which psutil takes for the end of them.
+            with contextlib.suppress(psutil.Error, OSError):
+                if mark in Path(f"/proc/{each.pid}/environ").read_bytes().split(b"\0"):
                     each.kill()

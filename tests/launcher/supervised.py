@@ -109,14 +109,16 @@ def gone(processes: Sequence[psutil.Process]) -> bool:
 
 
 def fake(run: Path, nodes: int = 1, node: int = 0, ranks: int = 2, store: str = "127.0.0.1:0", *, elastic: bool = False,
-         config: str = "", **settings: Any) -> Launched:  # fmt: skip
+         preflight: bool = False, config: str = "", overrides: Sequence[str] = (), environment: dict[str, str] | None = None,
+         **settings: Any) -> Launched:  # fmt: skip
     """A supervisor with fake ranks; ``run`` is ``FOLDER/runs/NAME``, and FOLDER the current one."""
     path = Path(f"{run.name}.yaml")
     if not path.exists():
         path.write_text(config or "launch: {step_timeout: 2, node_timeout: 5}\n")
-    words = [str(nodes), str(node), str(ranks), store, "elastic" if elastic else "fixed", str(path)]
+    way = ("elastic" if elastic else "fixed") + (",preflight" if preflight else "")
+    words = [str(nodes), str(node), str(ranks), store, way, str(path), *overrides]
     command = [sys.executable, "-m", "tests.launcher.fake_rank", *words]
-    return Launched(command, run, {SETTINGS: json.dumps(settings)})
+    return Launched(command, run, {SETTINGS: json.dumps(settings)} | (environment or {}))
 
 
 def launch(run: Path, *overrides: str, ranks: int = 2) -> Launched:

@@ -15,8 +15,8 @@ from typing import Any
 from longskip.launcher.cli import main
 
 
-def be_rank(words: list[str]) -> None:
-    """``longskip train``, telling in ``ids-RANK`` of the current folder: attempt, step, world, ids."""
+def tell() -> None:
+    """From here on a rank tells in ``ids-RANK`` of the current folder: attempt, step, world, ids."""
     from longskip.engine.job import Job
 
     plain = Job.step
@@ -29,6 +29,11 @@ def be_rank(words: list[str]) -> None:
         plain(self, micro_batches)
 
     Job.step = step  # type: ignore[method-assign]
+
+
+def be_rank(words: list[str]) -> None:
+    """``longskip train``, telling."""
+    tell()
     main(words)
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longskip.launcher.members import Ending, Leader, Note, Plan, Report, Terms
+from longskip.launcher.members import Ending, Guest, Leader, Note, Plan, Report, Terms
 
 TIMEOUT, PATIENCE = 30.0, 1800.0
 
@@ -202,13 +202,49 @@ def test_a_signal_while_nodes_are_waited_for() -> None:
     assert (plan.order, plan.code) == ("stop", 75)
 
 
-def test_a_rank_that_dies_instead_of_saving_is_not_started_again() -> None:
+@pytest.mark.parametrize(("commit", "told"), [(-1, "the beginning"), (40, "step 40")])
+def test_a_rank_that_dies_instead_of_saving_loses_nothing_that_was_committed(commit: int, told: str) -> None:
+    """75, so that a scheduler starts the run again; what happened is kept."""
     play = Play()
+    play.commit = commit
     play.run(0, 1)
     play.says(0, asked="SIGTERM")
     play.ends(1, died(1))
     plan = play.ends(0)
+    assert (plan.order, plan.code) == ("stop", 75)
+    assert play.kinds() == ["signal", "rank_died", "stopped"]
+    assert play.notes[-1].detail.endswith(f"the same command goes on from {told}")
+
+
+def test_a_node_that_is_lost_while_all_are_asked_to_save() -> None:
+    play = Play()
+    play.run(0, 1)
+    play.says(0, asked="SIGUSR1")
+    play.dead.add(1)
+    play.pass_(TIMEOUT)
+    plan = play.ends(0)
+    assert (plan.order, plan.code) == ("stop", 75) and "node_lost" in play.kinds()
+
+
+def test_what_is_final_stays_final_when_all_are_asked_to_save() -> None:
+    play = Play()
+    play.run(0, 1)
+    play.says(0, asked="SIGTERM")
+    play.ends(1, Ending(1, "final"))
+    plan = play.ends(0)
     assert (plan.order, plan.code) == ("stop", 1)
+
+
+def test_a_crash_loop_is_one_though_it_is_asked_to_stop() -> None:
+    """Else a scheduler would start it again for ever."""
+    play = Play()
+    for _ in range(3):
+        assert crash(play).order == "wait"
+    play.run(0, 1)
+    play.says(0, asked="SIGTERM")
+    play.ends(1, died(1))
+    plan = play.ends(0)
+    assert (plan.order, plan.code) == ("stop", 1) and "crash_loop" in play.kinds()
 
 
 def test_ranks_that_were_asked_by_others_than_us() -> None:
@@ -338,6 +374,105 @@ def test_how_a_preflight_ends(preflight: Any, answers: tuple[str, str], code: in
     assert (plan.order, plan.code, plan.attempt) == ("stop", code, 0)
 
 
+def alone(**terms: Any) -> Play:
+    """Node 0 of two trains, its preflight done; node 1 did not come in time."""
+    play = Play(elastic=True, preflight="yes", **terms)
+    assert play.pass_(TIMEOUT).order == "preflight"
+    assert play.says(0, checked="ok").shares == (1, 0)
+    play.run(0)
+    return play
+
+
+def saved(play: Play, *nodes: int) -> Plan:
+    """Every rank saves, and the next attempt begins."""
+    for node in nodes:
+        plan = play.ends(node, Ending(play.leader.plan.first_rank(node), "saved"))
+    return plan if plan.order == "run" else play.turn()
+
+
+def test_a_node_that_comes_late_is_looked_at_before_it_is_taken_in() -> None:
+    play = alone()
+    plan = play.says(1)
+    assert (plan.order, plan.guest) == ("run", Guest(1, 1, "s1"))
+    assert play.pass_(TIMEOUT).order == "run"  # the others are not disturbed by it
+    plan = play.says(0, judged=(1, ""))
+    assert (plan.order, plan.signal, plan.guest) == ("save", "SIGUSR1", None)
+    assert saved(play, 0).shares == (1, 1)
+    assert play.kinds() == []
+
+
+def test_a_node_that_fails_its_preflight_is_refused_once_and_a_good_one_is_taken_in() -> None:
+    play = alone()
+    play.says(1)
+    plan = play.says(0, judged=(1, "code: other"))
+    assert (plan.order, plan.guest, plan.refused) == ("run", None, (("s1", "code: other"),))
+    assert play.pass_(TIMEOUT).guest is None
+    play.says(1, state="left")
+    plan = play.says(1, session="again", state="idle")
+    assert plan.guest == Guest(2, 1, "again")
+    play.says(0, judged=(2, "code: other"))
+    play.says(1, state="left")
+    assert play.kinds() == ["node_refused"]  # its coming and going is no news
+    (note,) = [note for note in play.notes if note.kind == "node_refused"]
+    assert (note.node, note.detail) == (1, "node 1 is not taken in: code: other")
+    assert play.says(1, session="good", state="idle").guest == Guest(3, 1, "good")
+    assert play.says(0, judged=(2, "code: other")).order == "run"  # an old verdict is not this one's
+    plan = play.says(0, judged=(3, ""))
+    assert (plan.order, plan.refused) == ("save", ())
+    assert saved(play, 0).shares == (1, 1)
+    assert play.kinds() == ["node_refused", "node_back"]
+
+
+def test_a_node_that_was_lost_is_looked_at_again_when_it_is_back() -> None:
+    play = Play(elastic=True, preflight="yes")
+    play.says(1)
+    play.says(0, checked="ok")
+    play.says(1, checked="ok")
+    assert play.turn().order == "run"
+    play.run(0, 1)
+    play.dead.add(1)
+    play.pass_(TIMEOUT + 1)
+    play.ends(0)
+    play.run(0)
+    play.dead.clear()
+    plan = play.says(1, state="idle")  # the same supervisor, behind a link that was cut
+    assert (plan.order, plan.shares, plan.guest) == ("run", (1, 0), Guest(1, 1, "s1"))
+    assert play.kinds() == ["node_lost", "restarted"]
+    assert play.says(0, judged=(1, "")).order == "save"
+    assert play.turn().order == "save"
+    assert play.kinds() == ["node_lost", "restarted", "node_back"]
+
+
+def test_a_guest_that_goes_while_it_is_looked_at() -> None:
+    """Node 0 looks at one at a time: the next one waits for the verdict of the one that is gone, which counts for nobody."""
+    play = Play(nodes=3, elastic=True, preflight="yes")
+    play.pass_(TIMEOUT)
+    play.says(0, checked="ok")
+    play.run(0)
+    play.says(1)
+    assert play.says(2).guest == Guest(1, 1, "s1")
+    assert play.says(1, session="another").guest == Guest(1, 1, "s1")
+    plan = play.says(0, judged=(1, "code: other"))
+    assert (plan.order, plan.guest, plan.refused) == ("run", Guest(2, 1, "another"), ())
+    assert play.kinds() == []
+    plan = play.says(0, judged=(2, ""))
+    assert (plan.guest, plan.order) == (Guest(3, 2, "s2"), "save")
+    assert saved(play, 0).shares == (1, 1, 0)
+
+
+def test_without_elastic_a_supervisor_that_is_started_anew_and_refused_ends_the_launch() -> None:
+    play = Play(preflight="yes")
+    play.says(1)
+    play.says(0, checked="ok")
+    play.says(1, checked="ok")
+    play.run(0, 1)
+    play.says(1, session="anew", attempt=0, state="idle")
+    play.ends(0)
+    assert play.turn().order == "wait" and play.leader.plan.guest == Guest(1, 1, "anew")
+    plan = play.says(0, judged=(1, "packages: other"))
+    assert (plan.order, plan.code) == ("stop", 1) and "node 1 not taken in" in play.notes[-1].detail
+
+
 def test_numbers_of_attempts_go_on_from_the_runs_records() -> None:
     play = Play()
     play.number = 6
@@ -352,8 +487,9 @@ def test_plans_and_reports_survive_the_way() -> None:
     import json
     from dataclasses import asdict
 
-    report = Report("s", 4, 2, "running", (died(3),), "SIGTERM", 5)
-    plan = Plan("l", 9, 2, "save", (2, 0, 1), True, "SIGUSR1", 75)
+    report = Report("s", 4, 2, "running", (died(3),), "SIGTERM", 5, judged=(3, "why"))
+    guest = Guest(4, 2, "t")
+    plan = Plan("l", 9, 2, "save", (2, 0, 1), True, signal="SIGUSR1", code=75, guest=guest, refused=(("u", "why"),))
     assert Report.from_json(json.loads(json.dumps(asdict(report)))) == report
     assert Plan.from_json(json.loads(json.dumps(asdict(plan)))) == plan
 
@@ -362,10 +498,12 @@ def test_plans_and_reports_survive_the_way() -> None:
 @given(data=st.data())
 def test_whatever_happens_every_attempt_is_whole_and_the_launch_ends(data: st.DataObject) -> None:
     """Random deaths, losses, returns and signals: an attempt begins only when no rank of another runs on a node that is
-    alive; its world divides the batch; and with no commit a launch ends after a bounded number of attempts."""
-    elastic = data.draw(st.booleans())
-    play = Play(nodes=3, ranks=2, elastic=elastic, fits=divides(8))
+    alive; its world divides the batch; nobody takes part whom no preflight has passed; and with no commit a launch ends
+    after a bounded number of attempts."""
+    elastic, checks = data.draw(st.booleans()), data.draw(st.booleans())
+    play = Play(nodes=3, ranks=2, elastic=elastic, fits=divides(8), preflight="yes" if checks else "no")
     started: list[Plan] = []
+    passed: set[str] = set()
     for node in (1, 2):
         play.says(node)
     for _ in range(120):
@@ -376,7 +514,12 @@ def test_whatever_happens_every_attempt_is_whole_and_the_launch_ends(data: st.Da
             running = [n for n, r in play.reports.items() if r.state == "running" and play.leader.alive(n)]
             assert not running
             assert plan.world and (not elastic or 8 % plan.world == 0)
+            assert not checks or {play.reports[n].session for n, share in enumerate(plan.shares) if share} <= passed
             started.append(plan)
+        if plan.guest is not None and data.draw(st.booleans()):
+            good = data.draw(st.booleans())
+            passed |= {plan.guest.session} if good else set()
+            play.reports[0] = replace(play.reports[0], judged=(plan.guest.number, "" if good else "bad"))
         for node in sorted(play.reports):
             if node in play.dead:
                 if data.draw(st.integers(0, 9)) == 0:
@@ -385,6 +528,9 @@ def test_whatever_happens_every_attempt_is_whole_and_the_launch_ends(data: st.Da
                 continue
             report = play.reports[node]
             mine = plan.shares[node] if plan.shares else 0
+            if plan.order == "preflight" and mine:
+                report = replace(report, checked="ok")
+                passed.add(report.session)
             if plan.order == "run" and mine and report.attempt != plan.attempt:
                 report = replace(report, state="running", attempt=plan.attempt, endings=())
             elif plan.order == "save" and report.state == "running":

@@ -274,7 +274,7 @@ def test_network_is_named_in_the_configuration(shapes: Path, in_tmp: Path) -> No
 def _printed(findings: list[Finding]) -> str:
     out = io.StringIO()
     with redirect_stdout(out):
-        preflight.print_outcome(preflight.Outcome(tuple(findings), 3, 1.5, {}))
+        preflight.print_outcome(preflight.Outcome(tuple(findings), 3, 1.5, {}, facts_of(0)))
     return out.getvalue()
 
 
@@ -286,11 +286,11 @@ def test_table_has_a_row_a_check_and_the_cures() -> None:
 
 def test_refusal_names_every_failure_with_its_cure() -> None:
     findings = judged({"software/code": "0" * 64, "run/free": 5, "devices/open_files": 99})
-    outcome = preflight.Outcome(tuple(findings), 3, 1.5, {})
+    outcome = preflight.Outcome(tuple(findings), 3, 1.5, {}, facts_of(0))
     with pytest.raises(PreflightError) as caught:
         outcome.refuse()
     assert caught.value.exit_code == EXIT_USAGE
     for text in ("000000000000… on node 1", "cure", "5 bytes", "64,000,000,000", "free space"):
         assert text in str(caught.value)
     assert "open files" not in str(caught.value)  # a warning refuses nothing
-    preflight.Outcome(tuple(judged({"devices/open_files": 99})), 3, 1.5, {}).refuse()
+    preflight.Outcome(tuple(judged({"devices/open_files": 99})), 3, 1.5, {}, facts_of(0)).refuse()

@@ -76,6 +76,10 @@ def test_hosts_over_mpirun_and_srun() -> None:
     assert shlex.split(given.partition("=")[2]) == [
         "--bind-to", "none", "--map-by", "ppr:1:node", "--mca", "btl_tcp_if_include", "a b",
     ]  # fmt: skip
+    for elastic in (False, True):
+        command = render(config, asked(runner="slurm", elastic=elastic)).command
+        given = next(word for word in command if word.startswith("--launcher_args="))
+        assert ("--wait=0 --no-kill" in given) is elastic and "--kill-on-bad-exit=0" in given
     port = render(configured(ssh_port=2222), asked(runner="openmpi")).command
     assert "--ssh_port" not in port and any(word.endswith("--mca plm_rsh_args '-p 2222'") for word in port)
     assert BY_SSH not in unpack(mpirun[-1])[2]  # mpirun gives the others no standard input
@@ -157,6 +161,7 @@ def test_variables_that_a_configuration_may_not_set(environment: dict[str, str])
         ({"elastic": True, "min_nodes": 3}, "1 … 2"),
         ({"min_nodes": 2}, "without --elastic"),
         ({"ssh": False, "launcher_args": ("-x",)}, "--launcher-arg"),
+        ({"elastic": True, "runner": "openmpi"}, "mpirun ends all nodes"),
         ({"train": ()}, "train only"),
         ({"train": ("-x.yaml",)}, "begins with '-'"),
         ({"train": ("run.yaml", "--ranks")}, "begins with '-'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,12 +38,15 @@ set -uo pipefail
 cd -- '/home/m e' || exit 2
 export NCCL_DEBUG=INFO
 export OMP_NUM_THREADS=4
+export LONGSKIP_LAUNCH='/home/m e/runs/run/launch'
 source -- /home/me/modules.sh || exit 2
 
 # The first node serves the supervisors' store, at a port of this job's own.
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") || exit 2
 first=${hosts%%$'\\n'*}
 port=$((29400 + SLURM_JOB_ID % 1000 * 2))
+ended='/home/m e/runs/run/launch/ended-0'
+rm -f -- "$ended" '/home/m e/runs/run/launch/stop'
 
 # A cancelled job waits for its ranks, which save, and is not queued again.
 cancelled=
@@ -50,6 +54,8 @@ trap 'cancelled=yes' TERM
 srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=16 --kill-on-bad-exit=0 --wait=60 /env/bin/python -m \
 longskip.launcher supervise --nodes 2 --node auto --ranks 2 --store "$first:$port" --preflight -- train run.yaml optim.lr=1e-3
 code=$?
+# srun's own code is that of whichever node was lost: the first node's supervisor says how the run ended.
+[ -s "$ended" ] && code=$(cat -- "$ended")
 if [ "$code" -eq 75 ] && [ -z "$cancelled" ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
@@ -189,13 +195,67 @@ def test_a_job_that_saved_is_queued_again(tmp_path: Path) -> None:
     assert run_script(tmp_path, never, 75)[0] == 75 and len(run_script(tmp_path, never, 75)[2]) == 1
 
 
-def test_a_cancelled_job_is_not_queued_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("elastic", [False, True])
+def test_the_first_nodes_word_counts_and_not_sruns_code(tmp_path: Path, elastic: bool) -> None:
+    """srun ends with the worst of its tasks' codes: 137 where a node's processes were killed in a run that went on."""
+    fake_cluster(tmp_path)
+    text = render(configured(), wanted(folder=str(tmp_path), elastic=elastic)).files["run.sbatch"]
+    kept = tmp_path / "runs" / "run" / "launch"
+    kept.mkdir(parents=True)
+    (kept / "ended-0").write_text("0")  # of an earlier job
+    (kept / "stop").write_text("SIGTERM")
+    assert run_script(tmp_path, text, 137)[0] == 137 and not list(kept.glob("ended*")) and not (kept / "stop").exists()
+    srun = tmp_path / "bin" / "srun"
+    note = f"open({str(kept / 'ended-0')!r}, 'w').write('75')"
+    srun.write_text(srun.read_text().replace("sys.exit", f"{note}\nsys.exit"))
+    ended, _, scontrol = run_script(tmp_path, text, 137)
+    assert ended == 75 and [told["argv"][0] for told in scontrol] == ["show", "requeue"]
+
+
+@pytest.mark.slow
+def test_an_elastic_job_does_not_wait_for_a_node_whose_end_nobody_tells(tmp_path: Path) -> None:
+    fake_cluster(tmp_path)
+    kept = tmp_path / "runs" / "run" / "launch"
+    kept.mkdir(parents=True)
+    note = f"open({str(kept / 'ended-0')!r}, 'w').write('75')"
+    (tmp_path / "bin" / "srun").write_text(f"#!{sys.executable}\nimport time\n{note}\ntime.sleep(600)\n")
+    text = render(configured(), wanted(folder=str(tmp_path), elastic=True)).files["run.sbatch"]
+    assert run_script(tmp_path, text)[0] == 75
+
+
+def test_what_brings_a_lost_node_back(tmp_path: Path) -> None:
+    """``node.sh I``: the supervisor of the script's step, as node I, at the store that the script has noted."""
+    fake_cluster(tmp_path)
+    folder = tmp_path / "a b;touch pwned"
+    (folder / "runs" / "run" / "launch").mkdir(parents=True)
+    python = tmp_path / "bin" / "python"
+    shutil.copy(tmp_path / "bin" / "srun", python)
+    rendered = render(
+        configured(), wanted(folder=str(folder), elastic=True, python=str(python), train=("run.yaml", *NASTY[:4]))
+    )
+    _, srun, _ = run_script(tmp_path, rendered.files["run.sbatch"])
+    (tmp_path / "node.sh").write_text(rendered.files["node.sh"])
+    done = subprocess.run(["bash", tmp_path / "node.sh", "1"], env={"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"})
+    assert done.returncode == 0
+    again = json.loads((tmp_path / "python").read_text())
+    first = srun[0]["argv"][srun[0]["argv"].index(str(python)) + 1 :]
+    first[first.index("--node") + 1] = "1"
+    assert again["argv"] == first and again["cwd"] == str(folder)
+    assert again["env"]["LONGSKIP_LAUNCH"] == srun[0]["env"]["LONGSKIP_LAUNCH"] == f"{folder}/runs/run/launch"
+    assert not list(tmp_path.rglob("pwned"))
+    assert any("--overlap" in note and f"{folder}/runs/run/launch/node.sh I" in note for note in rendered.notes)
+    assert "node.sh" not in render(configured(), wanted()).files
+
+
+@pytest.mark.parametrize("elastic", [False, True])
+def test_a_cancelled_job_is_not_queued_again(tmp_path: Path, elastic: bool) -> None:
     fake_cluster(tmp_path)
     srun = tmp_path / "bin" / "srun"
     srun.write_text(
         f"#!{sys.executable}\nimport os, signal, sys\nos.kill(os.getppid(), signal.SIGTERM)\nsys.exit(75)\n"
     )
-    text = render(configured(), wanted(folder=str(tmp_path))).files["run.sbatch"]
+    (tmp_path / "runs" / "run" / "launch").mkdir(parents=True)
+    text = render(configured(), wanted(folder=str(tmp_path), elastic=elastic)).files["run.sbatch"]
     ended, _, scontrol = run_script(tmp_path, text, 75)
     assert ended == 75 and [told["argv"][0] for told in scontrol] == ["show"]
 

@@ -90,6 +90,22 @@ def test_fault_17_sigterm_once_and_twice(in_tmp: Path, times: int) -> None:
         assert len(list((run / "checkpoints").glob("step-*"))) == 1  # once
 
 
+def test_a_rank_that_dies_instead_of_saving_ends_the_run_with_75(in_tmp: Path) -> None:
+    """What was committed lies there: a scheduler starts it again. The incident is kept."""
+    run = in_tmp / "runs" / "r"
+    with fake(run, steps=FOREVER, config="launch: {step_timeout: 60}\n") as one:
+        one.until(lambda: step_of_fake(run) > 12 and step_of_fake(run, 1) > 2)
+        victim = one.rank(1)
+        victim.suspend()
+        one.send(signal.SIGTERM)
+        one.until(lambda: "all ranks are asked to save" in one.text())
+        victim.kill()
+        assert one.wait() == 75
+        assert one.incidents() == ["signal", "rank_died"] and attempts(one) == [1]
+        (ended,) = [line for line in one.lines("launch/attempts.jsonl") if line["ended"]]
+        assert f"the same command goes on from step {ended['step']}" in one.text() and ended["step"] >= 10
+
+
 def test_fault_20_a_crash_loop_stops_after_three_restarts(in_tmp: Path) -> None:
     run = in_tmp / "runs" / "r"
     with fake(run, every=100, steps=200, acts={"*:1:7": "raise"}) as one:

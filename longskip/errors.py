@@ -1,6 +1,9 @@
 """Typed errors that every room may use. Each message names the value, the limit and the cure.
 
-Exit codes of the command line: 0 done, 1 failed, 2 usage or configuration, 75 saved on a signal (start again).
+Exit codes of the command line: 0 done, 1 failed, 2 usage or configuration, 75 saved on a signal (start again). An error's
+class has its code, and nothing else decides: 2 where what was asked for cannot be (an unknown name, settings that do not go
+together, a path that is missing, occupied or of the wrong kind), so that the same command would meet the same again and no
+supervisor tries; 1 where something failed on the way (damaged files, a network, too many bad samples, another owner).
 """
 
 from __future__ import annotations
@@ -87,6 +90,13 @@ class DataError(LongskipError):
     """Data that cannot be used: empty, too small, of the wrong kind."""
 
 
+class UnfitDataError(DataError):
+    """Data that were named and cannot serve: missing, empty, too few, no folder of data; or a taken place for new ones."""
+
+    exit_code = EXIT_USAGE
+    final = True
+
+
 class ShardError(DataError):
     """A shard that is missing, truncated, altered or not indexed."""
 
@@ -106,12 +116,22 @@ class BadSampleError(DataError):
 class TextTooLongError(BadSampleError):
     """A caption or prompt with more tokens than the encoder takes."""
 
+    exit_code = EXIT_USAGE
+    final = True
+
     def __init__(self, message: str, *, cure: str | None = None) -> None:
         super().__init__("text_too_long", f"{message}\n  cure: {cure}" if cure else message)
 
 
 class CheckpointError(LongskipError):
     """A checkpoint that is missing, incomplete, altered or of another model."""
+
+
+class NoCheckpointError(CheckpointError):
+    """A checkpoint that was asked for and never was: a step that was not saved, no such file."""
+
+    exit_code = EXIT_USAGE
+    final = True
 
 
 class DiskFullError(CheckpointError):

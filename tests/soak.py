@@ -329,7 +329,7 @@ class Soak:
         spent = mine_sums.spent.steps
         return results | {
             "same": same, "elements": elements, "steps": mine_sums.committed.steps, "steps_spent": spent,
-            "goodput": mine_sums.goodput, "attempts": len(self.run.resumed()),
+            "committed_share": mine_sums.committed_share, "attempts": len(self.run.resumed()),
         }  # fmt: skip
 
 

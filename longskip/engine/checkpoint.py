@@ -30,7 +30,7 @@ from longskip.engine.data.hashes import file_sha256
 from longskip.engine.distributed import barrier, broadcast_object, gather_objects
 from longskip.engine.durable import Disk
 from longskip.engine.jsonfiles import read_object
-from longskip.errors import CheckpointError, DiskFullError
+from longskip.errors import CheckpointError, DiskFullError, NoCheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -396,7 +396,8 @@ def choose(checkpoints: Path, which: str | None) -> Path:
     if which is None:
         path, complaints = newest(checkpoints)
         if path is None:
-            raise CheckpointError(
+            kind = CheckpointError if complaints else NoCheckpointError
+            raise kind(
                 f"{checkpoints} holds no complete checkpoint" + "".join(f"; {c}" for c in complaints),
                 cure="bring the damaged files back from a copy; longskip checkpoint verify names them"
                 if complaints
@@ -407,7 +408,7 @@ def choose(checkpoints: Path, which: str | None) -> Path:
     path = checkpoints / name
     if not _STEP.match(name) or not path.is_dir():
         there = ", ".join(p.name for p in steps_in(checkpoints)) or "none"
-        raise CheckpointError(f"no checkpoint {which!r} in {checkpoints}", cure=f"there: {there}")
+        raise NoCheckpointError(f"no checkpoint {which!r} in {checkpoints}", cure=f"there: {there}")
     verify(path)
     return path
 

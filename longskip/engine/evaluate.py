@@ -1,11 +1,12 @@
 """``longskip evaluate``: a checkpoint's loss per time bin, verdicts and scores of drawn pictures, and likelihood.
 
-Results are in ``eval/step-N.json``. Another command at the same step adds its scores where it draws alike; where it does
-not, the earlier file goes to ``eval/earlier/``.
+A result's file has the name of what was asked for, ``eval/step-00003200-shapes-200-seed-0-1f0c2d3e.json``, so that none
+takes another's place; the same command again writes the same file. Reports choose among them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from longskip.engine.diffusion import objective_of
 from longskip.engine.distributed import World
 from longskip.engine.drawing import Drawing
-from longskip.engine.judging import judge_nearest, judge_shapes
+from longskip.engine.judging import Training, judge_nearest, judge_shapes
 from longskip.engine.likelihood import batches_of, evaluate_likelihood
 from longskip.engine.opening import open_data
 from longskip.engine.runs import write_atomic
@@ -27,7 +28,6 @@ from longskip.errors import ConfigError
 
 JUDGES = ("shapes", "nearest", "none")
 LIKELIHOODS = ("vlb", "ode")
-SCORES = ("loss", "judge", "nearest", "fidelity", "clip_score", "likelihood")
 
 
 def evaluate(
@@ -47,9 +47,10 @@ def evaluate(
     likelihood: Sequence[str] = (),
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
-    """Score a checkpoint of ``run`` and write ``eval/step-N.json``; what is not given comes from the configuration.
+    """Score a checkpoint of ``run`` and write a file in ``eval/``; what is not given comes from the configuration, but
+    where likelihood alone is asked for, no picture is drawn.
 
-    The result names checkpoint, weights, sampler, steps, guidance, seed and counts, and the hashes of network,
+    The result names its ``file``, checkpoint, weights, sampler, steps, guidance, seed and counts, and the hashes of network,
     statistics and CLIP, so that no figure stands without them. ``count`` is how many pictures every score draws and how
     many samples likelihood (``vlb``, ``ode``) is found of; ``seed`` decides which prompts and samples these are, and
     every random number; ``progress`` hears how many were drawn for FID, KID and CLIP.
@@ -57,7 +58,8 @@ def evaluate(
     """
     loaded = load_run(run, which=which, weights=weights)
     config = loaded.config
-    kind = kind or config.eval.judge
+    alone = bool(likelihood) and not (kind or statistics or network or clip)
+    kind = kind or ("none" if alone else config.eval.judge)
     if kind not in JUDGES:
         raise ConfigError(f"judge {kind!r}", cure=f"one of {', '.join(JUDGES)}")
     for method in likelihood:
@@ -69,8 +71,13 @@ def evaluate(
             cure="longskip train CONFIG data.validation=FOLDER: on a finished run it trains nothing and notes it",
         )
     how = Drawing.of(config.eval, config.diffusion, sampler=sampler, steps=steps, guidance=guidance, seed=seed)
+    configured = Drawing.of(config.eval, config.diffusion, sampler=None, steps=None, guidance=None, seed=seed)
     _refuse_program(run, network, config.eval.network)
-    judges = Judges.of(config, loaded.device, statistics=statistics, network=network, clip=clip)
+    judges = (
+        Judges(None, None)
+        if alone
+        else Judges.of(config, loaded.device, statistics=statistics, network=network, clip=clip)
+    )
     if kind == "none" and not judges and not config.data.validation:
         raise ConfigError(
             f"there is nothing to evaluate: {run} names no data.validation, eval.judge, eval.stats or eval.clip",
@@ -83,32 +90,53 @@ def evaluate(
             cure="longskip train CONFIG encoders.vae.path=FOLDER: on a finished run it trains nothing and notes it",
         )
     judged, scored = count or config.eval.judge_count, count or config.eval.count
+    samples = count or config.eval.likelihood_count
+    training = Training.of(loaded, judged, seed) if kind == "nearest" else None
+    if training is not None:
+        judged = len(training.asked)
     prompts = prompts_of(config, loaded.inputs, scored, seed) if judges else None
-    result: dict[str, Any] = {
+    asked: dict[str, Any] = {
         "step": loaded.step,
         "checkpoint": loaded.checkpoint.name,
         "weights": weights,
         **how.to_json(),
+        "as_configured": weights == "ema" and how == configured,
         "count": judged if kind != "none" else scored if judges else 0,
         "judge_kind": kind,
     }
+    parts = [f"{kind}-{judged}"] if kind != "none" else []
+    parts += [f"{name}-{scored}" for name in judges.describe()]
+    parts += [f"{method}-{samples}" for method in LIKELIHOODS if method in likelihood]
+    told = asked | {
+        "parts": parts,
+        "objects": config.eval.judge_objects,
+        "of": judges.describe(),
+        "prompts": prompts and prompts.about,
+        "validation": config.data.validation,
+    }
+    name = _name(told, parts or ["loss"])
+    result = asked | {"file": f"{name}.json"}
     if config.data.validation:
         result["loss"] = _loss(loaded)
     folder = run / "eval"
     folder.mkdir(exist_ok=True)
-    name = f"step-{loaded.step:08d}"
-    if kind == "shapes":
-        result["judge"] = judge_shapes(loaded, how, judged, folder / f"{name}.png")
-    elif kind == "nearest":
-        result["nearest"] = judge_nearest(loaded, how, judged, folder / f"{name}.png")
+    sheet = folder / f"{name}.png"
+    if training is not None:
+        result["nearest"] = judge_nearest(loaded, how, training, sheet)
+    elif kind == "shapes":
+        result["judge"] = judge_shapes(loaded, how, judged, sheet)
     if prompts is not None:
         result |= score_drawn(loaded, how, judges, prompts, progress)
     if likelihood:
-        result["likelihood"] = _likelihood(loaded, likelihood, count or config.eval.likelihood_count, seed)
-    path = folder / f"{name}.json"
-    result |= _kept_scores(path, result)
-    write_atomic(path, json.dumps(result, indent=1))
+        result["likelihood"] = _likelihood(loaded, likelihood, samples, seed)
+    write_atomic(folder / f"{name}.json", json.dumps(result, indent=1))
     return result
+
+
+def _name(told: dict[str, Any], parts: Sequence[str]) -> str:
+    """Step, scores with their counts, seed, and eight digits of a hash of all else that decides the figures."""
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return "-".join([f"step-{told['step']:08d}", *parts, "seed", str(told["seed"]), digest[:8]])
 
 
 def _refuse_program(run: Path, named: str | None, network: str | None) -> None:
@@ -120,29 +148,6 @@ def _refuse_program(run: Path, named: str | None, network: str | None) -> None:
             f"eval.network {network} is a TorchScript file, a program, in the run's own folder",
             cure=f"where you trust it, name it: --network {network}",
         )
-
-
-def _kept_scores(path: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """Scores of an earlier command that this one did not compute, where both drew alike.
-
-    A result of other settings is put aside in ``earlier/``: drawing ten thousand pictures again is dear.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        earlier = json.loads(path.read_text("utf-8"))
-    except ValueError:
-        return {}
-    if all(
-        earlier.get(key) == result[key] for key in ("checkpoint", "weights", "sampler", "steps", "guidance", "seed")
-    ):
-        return {key: value for key, value in earlier.items() if key in SCORES and key not in result}
-    aside, number = path.parent / "earlier", 1
-    aside.mkdir(exist_ok=True)
-    while (aside / f"{path.stem}.{number}.json").exists():
-        number += 1
-    path.rename(aside / f"{path.stem}.{number}.json")
-    return {}
 
 
 def _loss(loaded: Loaded) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from longskip.engine.data.draws import generator
 from longskip.engine.data.hashes import file_sha256
 from longskip.engine.data.sources import Source
 from longskip.engine.feature_network import FeatureNetwork
-from longskip.errors import BadSampleError, ConfigError, DataError
+from longskip.errors import BadSampleError, ConfigError, DataError, UnfitDataError
 
 FORMAT = "longskip statistics 1"
 SUBSETS, SUBSET_SIZE = 100, 1000
@@ -106,7 +106,7 @@ class Statistics:
         """A statistics file. Raises ``DataError`` for anything else, pickles and contradicting sizes among it."""
         cure = "make it: longskip data stats DATA --network PATH --out STATS.npz"
         if not path.is_file():
-            raise DataError(f"the statistics {path} do not exist", cure=cure)
+            raise UnfitDataError(f"the statistics {path} do not exist", cure=cure)
         try:
             with zipfile.ZipFile(path) as archive:
                 size = sum(member.file_size for member in archive.infolist())
@@ -192,7 +192,7 @@ def gather(
             cure="longskip data stats on the pictures that were encoded, or encode them with --keep-pictures",
         )
     if count is not None and count > len(source):
-        raise DataError(f"{count} pictures are asked for, {data} holds {len(source)}", cure="a smaller --count")
+        raise UnfitDataError(f"{count} pictures are asked for, {data} holds {len(source)}", cure="a smaller --count")
     fixed = resolution
     order = generator(seed, 0, 0, "statistics").permutation(len(source))[:count]
     limit = max(2, min(KEPT_FEATURES, KEPT_BYTES // (4 * network.n_features)))

@@ -26,12 +26,13 @@ def make_grid(
     captions: Sequence[str],
     columns: int | None = None,
     scale: int | None = None,
+    lines: int = _LINES,
 ) -> Image.Image:
     """The pictures ``(H, W, 3)`` uint8 in rows of ``columns``, each with its caption below, as one RGB picture.
 
     ``scale`` enlarges by a whole factor without smoothing, so that every pixel of a small picture stays a sharp
     square; None takes the smallest factor that makes the largest picture 144 px wide or high. ``columns`` None gives
-    a grid about as wide as high. Captions wrap to their picture's width and end in an ellipsis after six lines.
+    a grid about as wide as high. Captions wrap to their picture's width and end in an ellipsis after ``lines`` lines.
     DataError when there is no picture, a picture of another shape or dtype, or not one caption for each.
     """
     if not images:
@@ -53,15 +54,15 @@ def make_grid(
     high, wide, columns = high * scale, wide * scale, min(columns, len(images))
 
     font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), _FONT_SIZE)
-    texts = [_wrap(caption, font, wide) for caption in captions]
+    texts = [_wrap(caption, font, wide, lines) for caption in captions]
     line_height = _FONT_SIZE + 4
     cell_width = wide + _MARGIN
     tops, top = [], _MARGIN
     rows = math.ceil(len(images) / columns)
     for row in range(rows):
         tops.append(top)
-        lines = max(len(text) for text in texts[row * columns : (row + 1) * columns])
-        top += high + lines * line_height + (4 if lines else 0) + _MARGIN
+        most = max(len(text) for text in texts[row * columns : (row + 1) * columns])
+        top += high + most * line_height + (4 if most else 0) + _MARGIN
 
     grid = Image.new("RGB", (columns * cell_width + _MARGIN, top), _PAPER)
     pen = ImageDraw.Draw(grid)
@@ -77,13 +78,13 @@ def make_grid(
     return grid
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """The caption in at most six lines of ``width`` pixels; a word that is too long is broken."""
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
+    """The caption in at most ``most`` lines of ``width`` pixels; a word that is too long is broken."""
     lines: list[str] = []
     rest = " ".join(text.split())
-    while rest and len(lines) < _LINES:
+    while rest and len(lines) < most:
         fits = _fitting(rest, font, width)
-        if fits < len(rest) and len(lines) == _LINES - 1:
+        if fits < len(rest) and len(lines) == most - 1:
             lines.append(rest[: max(_fitting(rest, font, width - int(font.getlength("…"))), 1)].rstrip() + "…")
             break
         space = rest.rfind(" ", 0, fits + 1)

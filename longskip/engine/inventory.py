@@ -9,7 +9,7 @@ from typing import Any
 from longskip.engine import checkpoint
 from longskip.engine.config import CheckpointGroup
 from longskip.engine.configio import validate
-from longskip.errors import CheckpointError, ConfigError
+from longskip.errors import CheckpointError, ConfigError, NoCheckpointError
 from longskip.profiling.yamlfiles import parse_yaml
 
 
@@ -90,9 +90,9 @@ def verify_checkpoints(path: Path, which: str | None) -> list[dict[str, Any]]:
             there = ", ".join(folder.name for folder in folders) or "none"
             folders = [folder for folder in folders if folder.name == name]
             if not folders:
-                raise CheckpointError(f"no checkpoint {which!r} in {path / 'checkpoints'}", cure=f"there: {there}")
+                raise NoCheckpointError(f"no checkpoint {which!r} in {path / 'checkpoints'}", cure=f"there: {there}")
         if not folders:
-            raise CheckpointError(f"{path / 'checkpoints'} holds no checkpoint", cure="train first")
+            raise NoCheckpointError(f"{path / 'checkpoints'} holds no checkpoint", cure="train first")
     return [_verdict(folder) for folder in folders]
 
 

@@ -113,6 +113,7 @@ class Job:
     def __post_init__(self) -> None:
         self._waits = waits_on(self.world.device)
         self._communicated = self._waits.seconds if self._waits else 0.0
+        self._noted = quarantine.Noted(self.run / "bad_samples.jsonl")
         self.saving = Saving(
             self.run.checkpoints, self.shards, self.config.checkpoint, records=(self.run / "ledger.jsonl",),
             ended=self._save_ended, say=self.metrics.say,
@@ -265,8 +266,7 @@ class Job:
         bad = [entry for micro in micro_batches for entry in micro.bad]
         reasons = quarantine.count_reasons(bad)
         with tolerant("bad_samples.jsonl"):
-            for entry in (entry for entry in bad if entry["reason"] != quarantine.QUARANTINED):
-                append_json(self.run / "bad_samples.jsonl", entry | {"step": self.state.step + 1})
+            self._noted.add(bad, self.state.step + 1)
         finite = math.isfinite(loss_sum)
         told = self._tell(
             {
@@ -434,6 +434,7 @@ class Job:
 
     def log(self) -> None:
         """When it is due: one ledger line, one metrics line, one line to read."""
+        self.metrics.reached(self.state.step)
         if self.world.is_main and self.state.step == self.started_at + 1:
             self._tell_kernels()
         if not self.due(self.config.logging.every):

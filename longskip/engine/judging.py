@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,14 @@ from longskip.engine.data.scenes import Scene, captions, sample_scene
 from longskip.engine.data.sources import Source
 from longskip.engine.drawing import Drawing
 from longskip.engine.grids import make_grid
-from longskip.engine.opening import data_name, open_training
+from longskip.engine.opening import data_name, described, open_training
+from longskip.engine.runs import RunFolder
 from longskip.engine.sample import Loaded, draw_prompts
-from longskip.errors import BadSampleError, DataError
+from longskip.errors import BadSampleError, DataError, RunMismatchError
 
 SHOWN = 32
+LINES = 16
+"""Of a label on a sheet: a caption and what was read amiss stand whole."""
 
 
 def judged_scenes(config: Config, count: int, seed: int, *, held_out: bool) -> list[tuple[Scene, str]]:
@@ -49,25 +54,51 @@ def judge_shapes(loaded: Loaded, how: Drawing, count: int, sheet: Path) -> dict[
                 refused.append({"part": name, "prompt": text, "seen": verdict.seen})
             if i < SHOWN // 2:
                 shown.append(picture)
-                texts.append(text if verdict.full else f"✗ {text} (read: {verdict.seen})")
-    make_grid(shown, texts, columns=8, scale=max(1, 96 // shown[0].shape[1])).save(sheet)
+                texts.append(text if verdict.full else f"✗ {text} (read {verdict.amiss})")
+    make_grid(shown, texts, columns=8, scale=max(1, 128 // shown[0].shape[1]), lines=LINES).save(sheet)
     return result | {"refused": refused, "examples": sheet.name}
 
 
-def judge_nearest(loaded: Loaded, how: Drawing, count: int, sheet: Path) -> dict[str, Any]:
-    """For ``count`` training captions: is the captioned one the nearest to the drawn picture among the ``count`` asked?
+@dataclass(frozen=True)
+class Training:
+    """A run's training pictures (N, H, W, 3) with their captions, and which of them, by place, are asked for."""
 
-    Chance is 1/count; ``share_among_all`` asks the same among all training pictures. Distance is Euclidean over pixels;
-    captions that stand at several pictures are not asked.
+    pictures: np.ndarray
+    texts: list[str]
+    asked: list[int]
+
+    @classmethod
+    def of(cls, loaded: Loaded, count: int, seed: int) -> Training:
+        """``count`` pictures are asked for, or as many as have a caption that stands at no other one.
+
+        Raises RunMismatchError for data that the run was not trained on, DataError where no picture can be asked for.
+        """
+        config = loaded.config
+        source = open_training(config)
+        trained = RunFolder(loaded.run).summary().get("data", {})  # nothing where training never began
+        now = described(source)
+        if trained and trained.get("fingerprint") != now["fingerprint"]:
+            raise RunMismatchError(
+                f"{data_name(config)} is not the data that {loaded.run} was trained on: {now['samples']} samples now, "
+                f"{trained.get('samples')} then",
+                cure="bring the data back: the judge asks whether the training pictures come back",
+            )
+        pictures, texts = _training_pictures(source, config.resolution)
+        times = Counter(texts)
+        unique = [i for i, text in enumerate(texts) if times[text] == 1]
+        if not unique:
+            raise DataError(f"{data_name(config)} has no caption that stands at one picture only")
+        order = generator(seed, 0, 0, "nearest").permutation(len(unique))[:count]
+        return cls(pictures, texts, [unique[int(i)] for i in order])
+
+
+def judge_nearest(loaded: Loaded, how: Drawing, training: Training, sheet: Path) -> dict[str, Any]:
+    """For every picture asked for: is it the nearest, of those asked for, to the one drawn for its caption?
+
+    Chance is 1 in as many as were asked for; ``share_among_all`` asks the same among all training pictures. Distance is
+    Euclidean over pixels.
     """
-    config = loaded.config
-    source = open_training(config)
-    pictures, texts = _training_pictures(source, config.resolution)
-    unique = [i for i, text in enumerate(texts) if texts.count(text) == 1]
-    if not unique:
-        raise DataError(f"{data_name(config)} has no caption that stands at one picture only")
-    order = generator(how.seed, 0, 0, "nearest").permutation(len(unique))[:count]
-    asked = [unique[int(i)] for i in order]
+    pictures, texts, asked = training.pictures, training.texts, training.asked
     drawn = draw_prompts(loaded, [texts[i] for i in asked], how)
     nearest = _nearest(drawn, pictures)
     among_asked = _nearest(drawn, pictures[asked])

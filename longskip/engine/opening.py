@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from longskip.engine.config import Config
@@ -13,6 +15,7 @@ from longskip.engine.data.remote import open_remote
 from longskip.engine.data.sources import ShardSource, SizedSource, open_source
 from longskip.engine.data.streams import plan_of
 from longskip.engine.data.transport import is_url
+from longskip.engine.quarantine import read_list
 from longskip.errors import ConfigError
 
 
@@ -68,6 +71,37 @@ def open_training(config: Config, *, check: bool = True) -> SizedSource:
 def described(source: SizedSource) -> dict[str, Any]:
     """What run.json says of the data: the number of samples and the fingerprint."""
     return {"samples": len(source), "fingerprint": source.fingerprint()}
+
+
+def told_of_bad(config: Config, bad: int, samples: int, where: str = "") -> str:
+    """``bad`` of ``samples`` as a share, and what ``data.max_bad_share`` says of it, in a sentence without its full stop.
+
+    Over many epochs a run meets bad samples in their share of the data; those of data.quarantine do not count.
+    """
+    limit, share = config.data.max_bad_share, bad / samples if samples else 0.0
+    told = f"{bad:,} of {samples:,} samples are bad{where}, {100 * share:.3g}%"
+    if share <= limit:
+        return f"{told}; data.max_bad_share allows {100 * limit:.3g}%" if bad else told
+    return (
+        f"{told}, above data.max_bad_share {limit:g} ({100 * limit:.3g}%): a run would stop. Repair them, pass them over "
+        "(longskip data lint DATA --quarantine FILE, then data.quarantine=FILE) or raise the share"
+    )
+
+
+def bad_so_far(config: Config, run: Path | None, samples: int) -> str:
+    """What is known of bad samples before any is read: those that ``run`` has listed in earlier starts."""
+    numbers: set[int] = set()
+    if run is not None and (run / "bad_samples.jsonl").is_file():
+        known = {key for key, _ in read_list(Path(config.data.quarantine))} if config.data.quarantine else set()
+        with suppress(ConfigError):  # a list that a person has changed
+            listed = read_list(run / "bad_samples.jsonl")
+            numbers = {number for key, number in listed if number is not None and key not in known}
+    if numbers:
+        return told_of_bad(config, len(numbers), samples, " (met in earlier starts)")
+    return (
+        f"not looked for; more than {100 * config.data.max_bad_share:.3g}% (data.max_bad_share) stop a run: longskip data "
+        "lint counts them"
+    )
 
 
 def draws_of(config: Config) -> dict[str, Any]:

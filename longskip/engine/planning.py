@@ -78,6 +78,11 @@ class Cluster:
         for name, value in (("--gpus", devices), ("--nodes", nodes)):
             if value is not None and not 1 <= value <= MOST_DEVICES:
                 raise ConfigError(f"{name} {value} is outside 1..{MOST_DEVICES:,}", cure="give how many there are")
+        if device.measured and device.link is None and devices > 1:
+            raise ConfigError(
+                f"{device.name} is the machine that was measured, one processor; {devices} of it have no link",
+                cure="--gpus 1",
+            )
         if nodes is None:
             return cls(device, devices, min(devices, GPUS_PER_NODE), network, host)
         if devices % nodes:
@@ -186,16 +191,17 @@ def plan(
     name: str = "",
     price_per_hour: float | None = None,
     measured: efficiency.Efficiencies | None = None,
+    encoders: str = "auto",
 ) -> Plan:
     """The plan of a run on a cluster; prices per device and hour go before the configuration's. ``name``: the run's, where
-    the configuration has none, whose words are counted if it is there already.
+    the configuration has none, whose words are counted if it is there already. ``encoders``: as ``subject_of``.
 
     ConfigError where ``train.batch_size`` does not divide over the devices, the device has no rate for the dtype, or a
     number is beyond all that can be meant.
     """
     price = config.budget.price_per_device_hour if price_per_hour is None else price_per_hour
     _check(price)
-    subject = subject_of(config, name)
+    subject = subject_of(config, name, encoders)
     n_parameters = subject.parameters
     found = options(config, cluster, subject, measured=measured)
     fitting_ones = [option for option in found if option.fits]

@@ -312,5 +312,5 @@ def _announce(job: Job, resuming: bool, n_parameters: int, meter: Meter, assignm
         say(warning)
     if meter.reason:
         say(meter.reason)
-    if resuming:
+    if resuming and not job.finished:
         say(f"attempt {job.attempt} goes on from step {state.step}")

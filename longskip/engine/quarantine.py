@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 from longskip.engine.data.hashes import file_sha256
 from longskip.engine.data.mix import MixedSource
 from longskip.engine.data.sources import ShardSource, Source
+from longskip.engine.runs import append_json
 from longskip.errors import ConfigError, DataError
 
 QUARANTINED = "quarantined"
@@ -145,6 +147,44 @@ def _numbers(source: Source, keys: set[str]) -> dict[str, list[int]]:
     return found
 
 
+class Noted:
+    """``bad_samples.jsonl``: a line for each bad sample when it is first met, however often and by whichever rank it is met.
+
+    What is there already, of earlier attempts and of other ranks, is read on from where it was read last, and only when a
+    sample comes that this rank has not seen in it: an epoch later, another rank's line has been there for long.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._samples: set[int] = set()
+        self._read = 0  # bytes
+
+    def add(self, bad: Iterable[Mapping[str, Any]], step: int) -> None:
+        """Append those of ``bad`` that are not listed yet, with the step; those of data.quarantine never are.
+
+        Raises OSError, after which what was not written counts as not listed.
+        """
+        new = [entry for entry in bad if entry["reason"] != QUARANTINED and entry["sample"] not in self._samples]
+        if new:
+            self._read_on()
+        for entry in new:
+            if entry["sample"] not in self._samples:
+                append_json(self.path, {**entry, "step": step})
+                self._samples.add(entry["sample"])
+
+    def _read_on(self) -> None:
+        if not self.path.exists():
+            return
+        with open(self.path, "rb") as file:
+            file.seek(self._read)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break  # another rank writes it, or a crash has cut it short
+                self._read += len(line)
+                with suppress(ValueError, TypeError, AttributeError, RecursionError):
+                    self._samples.add(int(json.loads(line).get("sample")))
+
+
 def count_reasons(bad: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     """How many of the bad samples have each of ``REASONS``, in their order, those with none among them."""
     counts = Counter(entry["reason"] if entry["reason"] in REASONS else OTHER for entry in bad)
@@ -152,6 +192,10 @@ def count_reasons(bad: Iterable[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def told(counts: Mapping[str, int]) -> str:
-    """``image_decode 3, caption_missing 1``: the most frequent first; empty where there are none."""
+    """``image_decode 3, caption_missing 1``: the most frequent first; empty where there are none.
+
+    Those of data.quarantine are left out: they are known, and were told of when the run began.
+    """
+    counts = {reason: count for reason, count in counts.items() if reason != QUARANTINED}
     some = sorted((reason for reason, count in counts.items() if count), key=lambda reason: (-counts[reason], reason))
     return ", ".join(f"{reason} {counts[reason]:,}" for reason in some)

@@ -9,7 +9,7 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -154,7 +154,7 @@ class RunFolder:
         saved = self.summary().get("data", {})
         if saved.get("fingerprint") != data["fingerprint"]:
             raise RunMismatchError(
-                f"{name} is not the data that {self.path} was trained on ({saved} then, {data} now)",
+                f"{name} is not the data that {self.path} was trained on: {_changed(saved, data)}",
                 cure="bring the data back, or give the new run its own train.name=…",
             )
 
@@ -169,6 +169,16 @@ class RunFolder:
     def note(self, **facts: Any) -> None:
         """Add to ``run.json``, or replace what it says."""
         write_atomic(self / "run.json", json.dumps(self.summary() | facts, indent=2))
+
+
+def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """How data differ, for people: their samples, and where those are as many, their fingerprints."""
+    counts = [each.get("samples") for each in (then, now)]
+    if counts[0] != counts[1]:
+        told = [f"{count:,}" if isinstance(count, int) else "an unknown number of" for count in counts]
+        return f"{told[0]} samples then, {told[1]} now"
+    prints = [str(each.get("fingerprint"))[:12] for each in (then, now)]
+    return f"{counts[1]:,} samples as then, but others or changed ones (fingerprint {prints[0]} then, {prints[1]} now)"
 
 
 def environment() -> dict[str, Any]:

@@ -116,6 +116,16 @@ class Judges:
     def __bool__(self) -> bool:
         return self.fidelity is not None or self.clip is not None
 
+    def describe(self) -> dict[str, Any]:
+        """By the name of each score, ``fid`` and ``clip``, the hashes of what it is found with."""
+        found: dict[str, Any] = {}
+        if self.fidelity is not None:
+            network, statistics = self.fidelity.network.describe(), self.fidelity.statistics.describe()
+            found["fid"] = [network["sha256"], statistics["sha256"]]
+        if self.clip is not None:
+            found["clip"] = self.clip.clip.describe()["sha256"]
+        return found
+
 
 def score_drawn(
     loaded: Loaded,

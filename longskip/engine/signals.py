@@ -10,22 +10,44 @@ import ctypes
 import os
 import signal
 import sys
+from contextlib import suppress
 from typing import Any
+
+from longskip.engine import pulse
 
 SUPERVISOR = "LONGSKIP_SUPERVISOR"  # of the process that started this rank: its number, a dash, and a word of its own
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+_WAITS_FOR = {
+    "start": "the start-up goes on; the run stops after its first step, saved",
+    "step": "the run stops once this step has ended and is saved",
+    "save": "the run stops after the next step, once it is saved",
+    "evaluate": "the run stops once the validation and one more step have ended and are saved",
+    "samples": "the run stops once the samples are drawn and one more step has ended and is saved",
+    "end": "the run is ending already",
+}
 
 _received: list[int] = []
 
 
 def listen() -> None:
-    """From now on the asking signals are remembered instead of ending the process; a second one changes nothing."""
+    """From now on the asking signals are remembered instead of ending the process; a second one changes nothing.
+
+    The first one is answered at once, in a line on standard error that says what is waited for.
+    """
     for number in ASKING:
         signal.signal(number, _remember)
 
 
 def _remember(number: int, frame: Any) -> None:
     _received.append(number)
+    # One voice, once: where there is a supervisor, or a first rank, that one answers.
+    if len(_received) == 1 and SUPERVISOR not in os.environ and os.environ.get("RANK", "0") == "0":
+        doing = pulse.own().beat.phase
+        text = f"longskip: {signal.Signals(number).name}: {_WAITS_FOR.get(doing, _WAITS_FOR['start'])}\n"
+        with suppress(OSError):
+            # Not print: the signal may have come in the middle of one. On a terminal a bar may stand in this line.
+            os.write(2, ("\n" if os.isatty(2) else "").encode() + text.encode())
 
 
 def ignore() -> None:

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import torch
 
 from longskip.engine.jsonfiles import read_object
-from longskip.errors import CheckpointError, DiskFullError
+from longskip.errors import CheckpointError, DiskFullError, NoCheckpointError
 
 PIECE = 1 << 24  # elements: 64 MiB of fp32
 SHARD_BYTES = 5_000_000_000  # what Hugging Face's hub and loaders are used to
@@ -166,7 +166,8 @@ class TensorFile:
         try:
             file = safe_open(part, framework="pt")
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{part} is no readable safetensors file: {error}") from None
+            kind = CheckpointError if part.exists() else NoCheckpointError
+            raise kind(f"{part} is no readable safetensors file: {error}") from None
         self.metadata = self.metadata or dict(file.metadata() or {})
         for name in file.keys():  # noqa: SIM118 - a safetensors handle, not a mapping
             if name in self._files:

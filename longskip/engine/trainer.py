@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -9,8 +11,9 @@ from longskip.engine import pulse, signals
 from longskip.engine.config import Config
 from longskip.engine.distributed import World, join, lost_neighbour
 from longskip.engine.job import Job
+from longskip.engine.metrics import format_eta
 from longskip.engine.prepare import prepare
-from longskip.engine.runs import RunFolder
+from longskip.engine.runs import RUNS, RunFolder
 from longskip.errors import EXIT_DONE, EXIT_SAVED, LongskipError, RemoteError, RendezvousError
 
 __all__ = ["fit", "prepare", "train"]
@@ -67,13 +70,16 @@ def _train(config: Config, run_path: Path, world: World) -> int:
         raise
     status: Literal["done", "saved", "failed"] = "failed"
     word: pulse.Word = "failed"
+    began, first = time.monotonic(), job.started_at
     try:
         code = fit(job)
         word = status = "done" if code == EXIT_DONE else "saved"
         if code == EXIT_SAVED:
             if world.is_main:
                 job.incident("signal", "saved and stopped; the same command goes on")
-            job.metrics.say(f"saved at step {job.state.step} on a signal; the same command goes on from here")
+            job.metrics.end_line(f"saved at step {job.state.step} on a signal; the same command goes on from here")
+        else:
+            job.metrics.end_line(*closing_lines(job, first, time.monotonic() - began))
         return code
     except LongskipError as error:
         word = "final" if error.final else "failed"
@@ -85,6 +91,28 @@ def _train(config: Config, run_path: Path, world: World) -> int:
     finally:
         job.close(status)
         pulse.own().end(word)
+
+
+def closing_lines(job: Job, first: int, seconds: float) -> list[str]:
+    """What was done since step ``first``, where it lies, and what one can do with it: the last lines of a training."""
+    config, run, step = job.config, job.run.path, job.state.step
+    steps = step - first
+    name = shlex.quote(run.name if run.parent == RUNS else str(run))
+    if steps:
+        share = f"{steps:,} of its {step:,} steps" if first else f"{steps:,} steps"
+        loss = "" if job.metrics.loss is None else f", loss {job.metrics.loss:.4f}"
+        told = [f"done: {share} in {format_eta(seconds)}{loss}; the run is in {run}"]
+    else:
+        told = [
+            f"finished before: {run} is at step {step:,} of {config.train.steps:,}, and nothing was trained",
+            f"more steps: the same command with train.steps={2 * step} (or any number above {step})",
+        ]
+    judged = config.data.validation or config.eval.judge != "none" or config.eval.stats or config.eval.clip
+    return [
+        *told,
+        f"next: longskip evaluate {name}{'' if judged else ' --judge nearest'}",
+        f"      longskip report {name}",
+    ]
 
 
 def _would_come_again(error: Exception) -> bool:

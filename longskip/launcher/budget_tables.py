@@ -57,7 +57,6 @@ def _one_run(console: Console, budget: RunBudget) -> None:
     console.print(
         f"[bold]{escape(budget.name)}[/bold]  {budget.status or 'status unknown'}, N = {units.count(budget.params)}{of_them}, "
         f"{escape(', '.join(budget.devices))}, {budget.attempts} attempt{'s' if budget.attempts != 1 else ''}",
-        soft_wrap=True,
     )
     table = _table("", "committed", "spent", "redone")
     for key, label, short in _AMOUNTS:
@@ -78,21 +77,21 @@ def _one_run(console: Console, budget: RunBudget) -> None:
         table.add_row(account.label, *counted, units.scientific(account.flops, 4), f"{account.exact_share:.4f}")
     console.print(table)
     _say_covers(console)
-    rates = f"goodput {units.share(budget.goodput)}, "
+    rates = f"committed share of the time {units.share(budget.committed_share)}, "
     rates += (
         f"MFU {units.share(budget.mfu)}, HFU {units.share(budget.hfu)}" if budget.mfu is not None else "MFU unknown"
     )
-    console.print(rates, soft_wrap=True)
+    console.print(rates)
     if budget.money is None:
-        console.print("money unknown: give --price-per-hour, or set budget.price_per_device_hour", soft_wrap=True)
+        console.print("money unknown: give --price, or set budget.price_per_device_hour")
     for line in _remarks(budget):
-        console.print(escape(line), soft_wrap=True)
+        console.print(escape(line))
 
 
 def _say_covers(console: Console) -> None:
     from longskip.profiling.budget import COVERS
 
-    console.print(COVERS, soft_wrap=True)
+    console.print(COVERS)
 
 
 def _remarks(budget: RunBudget) -> list[str]:
@@ -135,7 +134,7 @@ def _all_runs(console: Console, budgets: Sequence[RunBudget], total: Mapping[str
     _say_covers(console)
     for budget in budgets:
         for line in _remarks(budget):
-            console.print(f"{escape(budget.name)}: {escape(line)}", soft_wrap=True)
+            console.print(f"{escape(budget.name)}: {escape(line)}")
 
 
 def print_plan(plan: Plan) -> None:
@@ -146,26 +145,24 @@ def print_plan(plan: Plan) -> None:
     console.print(
         f"[bold]C = {units.scientific(plan.flops, 4)} training FLOPs[/bold], by {escape(law.source)}"
         + (f", fitted on {escape(law.fitted_on)}" if law.fitted_on else ""),
-        soft_wrap=True,
     )
     spans = {name: span_text(span, far, name) for name, span in intervals_at(law, best.flops).items()}
     console.print(
         f"N_opt {rough_count(best.params, far)}{spans.get('params', '')} parameters · "
         f"D_opt {rough_count(best.tokens, far)}{spans.get('tokens', '')} {law.tokens} tokens"
         f"{'' if law.tokens == 'image' else ' (time, text and image)'}",
-        soft_wrap=True,
     )
     whose = "a language model's loss" if law.name in LANGUAGE_LAWS else "loss"
     expected = (
         [f"{whose} {shown(best.loss, far, '{:.4f}'.format)}{spans.get('loss', '')}"] if best.loss is not None else []
     )
     expected += [f"FID {shown(best.fid, far, '{:.1f}'.format)}"] if best.fid is not None else []
-    console.print(f"predicted: {', '.join(expected) or 'no loss'}; {best.range_note}", soft_wrap=True)
+    console.print(f"predicted: {', '.join(expected) or 'no loss'}; {best.range_note}")
     tifa = ", ".join(
         f"{shown(f['tifa'], f['extrapolation'], '{:.3f}'.format)} by {name}{_beyond(f['extrapolation'])}"
         for name, f in plan.tifa.items()
     )
-    console.print(f"TIFA by 2404.02883, fitted on {TIFA_FITTED_ON}: {tifa}", soft_wrap=True)
+    console.print(f"TIFA by 2404.02883, fitted on {TIFA_FITTED_ON}: {tifa}")
     if plan.hardware is not None:
         _print_hardware(console, plan)
     speaks = plan.candidates[0].loss is not None
@@ -190,7 +187,6 @@ def print_plan(plan: Plan) -> None:
         "6ND steps: what 6·N·D promises for C, and beside them their exact FLOPs ÷ C. Exact steps: those that spend C. "
         f"Batch {plan.batch:,}, latents {height}×{width}, {shape.n_tokens} tokens an image, {shape.n_img} of them the image's; "
         "shapes are width × blocks",
-        soft_wrap=True,
     )
     console.print(
         f"the custom model: model.preset=uvit-2.3b model.width={shape.width} model.depth={shape.depth} "
@@ -198,11 +194,11 @@ def print_plan(plan: Plan) -> None:
         soft_wrap=True,
     )
     if spans:
-        console.print("in brackets: 95% intervals of the law's own fit, not of one more training", soft_wrap=True)
+        console.print("in brackets: 95% intervals of the law's own fit, not of one more training")
     for note in plan.notes:
         if note == NO_MFU:  # stands above, where the hours would
             continue
-        console.print(f"note: {escape(note)}", soft_wrap=True)
+        console.print(f"note: {escape(note)}")
 
 
 def _print_hardware(console: Console, plan: Plan) -> None:
@@ -211,28 +207,24 @@ def _print_hardware(console: Console, plan: Plan) -> None:
 
     assert on is not None
     if plan.device_hours is None or plan.days is None:
-        console.print(f"{escape(on.device.name)}: {NO_MFU}", soft_wrap=True)
+        console.print(f"{escape(on.device.name)}: {NO_MFU}")
         return
     many = f"{on.gpus} (assumed; --gpus says another number)" if on.assumed else f"{on.gpus}"
     parts = [
         f"{_amount(plan.device_hours)} GPU-hours of {escape(on.device.name)} at {units.share(on.mfu)} MFU ({on.precision})",
         f"{units.duration(plan.days * 86400)} on {many}",
-        f"{_money(plan.money)} {escape(plan.currency)}"
-        if plan.money is not None
-        else "no price given (--price-per-hour)",
+        f"{_money(plan.money)} {escape(plan.currency)}" if plan.money is not None else "no price given (--price)",
     ]
     if plan.energy_kwh is not None:
         parts.append(f"{_amount(plan.energy_kwh)} kWh")
-    console.print(" · ".join(parts), soft_wrap=True)
+    console.print(" · ".join(parts))
 
 
 def print_fit(fit: Fit, predictions: Sequence[Prediction], origin: str, files: Sequence[str]) -> None:
     from longskip.profiling.budget_plots import figure_rows
 
     console = Console(highlight=False)
-    console.print(
-        f"[bold]{escape(fit.law.source)}[/bold]: {len(fit.points)} trainings from {escape(origin)}", soft_wrap=True
-    )
+    console.print(f"[bold]{escape(fit.law.source)}[/bold]: {len(fit.points)} trainings from {escape(origin)}")
     table = _table("figure", "value", "95% interval")
     for row in figure_rows(fit):
         table.add_row(*row)
@@ -251,12 +243,13 @@ def print_fit(fit: Fit, predictions: Sequence[Prediction], origin: str, files: S
                 f"{one.loss:.4f}",
             )
         console.print(table)
-    table = _table("prediction for C", "N_opt", "95%", "D_opt", "95%", "loss", "95%", "fitted range")
-    for cells in prediction_rows(predictions):
-        table.add_row(*cells)
+    table = _table("at C", "N_opt\n95%", "D_opt\n95%", "loss\n95%", "fitted range")
+    for c, *cells, reach in prediction_rows(predictions):
+        pairs = zip(cells[::2], cells[1::2], strict=True)
+        table.add_row(c, *("\n".join(filter(None, pair)) for pair in pairs), reach)
     print_whole(console, table)
     for warning in fit.warnings:
-        console.print(f"[bold yellow]warning[/bold yellow]: {escape(warning)}", soft_wrap=True)
+        console.print(f"[bold yellow]warning[/bold yellow]: {escape(warning)}")
     for file in files:
         console.print(file, markup=False, soft_wrap=True)
 

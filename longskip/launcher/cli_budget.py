@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longskip.errors import ConfigError
+from longskip.launcher.cli_plan import PRICES
 
 if TYPE_CHECKING:
     from longskip.models.specs import UViTSpec
@@ -21,13 +22,13 @@ app = typer.Typer(help="Where a budget went, what one buys, and scaling laws of 
 _GPUS = 8  # where nobody says how many
 
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object, for machines")]
-PriceOption = Annotated[float | None, typer.Option("--price-per-hour", "--price", min=0, help="of one device and hour")]
+PriceOption = Annotated[float | None, typer.Option("--price", min=0, help="of one device and hour")]
 WattsOption = Annotated[
     float | None, typer.Option(min=0, help="of one device; the hardware table's rated power by default")
 ]
 
 
-@app.command()
+@app.command(context_settings=PRICES)
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="runs' folders, or their names under runs/")],
     price: PriceOption = None,
@@ -38,7 +39,7 @@ def report(
     """What was spent on what: FLOPs by every accounting, tokens, images, device hours, money, energy; several runs too.
 
     Committed counts each step once, spent everything executed, with what was done again after a resume. The price is that
-    of the run's budget.price_per_device_hour unless --price-per-hour says another.
+    of the run's budget.price_per_device_hour unless --price says another.
     """
     from longskip.profiling.budget import COVERS, run_budget, total
     from longskip.profiling.outputs import json_text, made_folder, write_json
@@ -68,7 +69,7 @@ def report(
     print_report(budgets, result)
 
 
-@app.command()
+@app.command(context_settings=PRICES)
 def plan(
     flops: Annotated[str | None, typer.Option(metavar="C", help="training FLOPs, for example 1e21")] = None,
     gpu_hours: Annotated[float | None, typer.Option(help="instead of --flops: with --gpu and --mfu")] = None,

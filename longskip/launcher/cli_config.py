@@ -13,6 +13,7 @@ from longskip.errors import ConfigError
 
 app = typer.Typer(help="Write a new configuration, or show a resolved one.", no_args_is_help=True)
 
+BATCH = 32
 TEMPLATE = """\
 # longskip train {name}            (resume: the same command)
 # longskip launch --local 2 -- train {name}
@@ -35,6 +36,7 @@ optim:
 train:
   steps: {steps}
   batch_size: {batch}          # of all ranks together = micro_batch × accumulation × ranks
+  micro_batch: {micro}          # of one rank at a time: so this run goes on over 1, 2 or 4 ranks
   dtype: fp32             # bf16 on a GPU
 logging:
   samples_every: 500
@@ -60,11 +62,17 @@ def new(
     from longskip.profiling.yamlfiles import parse_yaml
 
     spec = preset_of(preset)
-    if spec.n_classes or (spec.channels != 3 and resolution is None):
+    if spec.n_classes:
         raise ConfigError(
-            f"preset {preset} is made for {'classes' if spec.n_classes else 'latents'}; this version trains pixels with "
-            "captions",
-            cure="choose uvit-tiny, uvit-shapes or uvit-emoji, or give --resolution in pixels",
+            f"preset {preset} takes classes; training takes captions",
+            cure="longskip presets lists others: text is theirs",
+        )
+    if spec.channels != 3 and resolution is None:
+        raise ConfigError(
+            f"preset {preset} takes latents of {spec.channels} channels, which need an autoencoder; this command writes "
+            "configurations for pixels",
+            cure='give --resolution in pixels; or begin your YAML with "extends: configs/t2i-256.yaml" and set '
+            f"model.preset={preset}, data.path and encoders.vae.path",
         )
     if not data.exists():
         print(f"note: {data} is not there yet", file=sys.stderr)
@@ -79,7 +87,8 @@ def new(
         n_txt=spec.n_txt or 16,
         lr="1.5e-3" if spec.width <= 256 else "2e-4",
         steps=steps,
-        batch=32,
+        batch=BATCH,
+        micro=BATCH // 4,
     )
     validate(parse_yaml(text, str(out)))
     out.parent.mkdir(parents=True, exist_ok=True)

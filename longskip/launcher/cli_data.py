@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -90,22 +90,40 @@ def lint(
     as_json: JsonOption = False,
 ) -> None:
     """Read everything once: hashes, pictures, captions; exit code 1 when something is bad."""
+    from longskip.engine.config import Config
     from longskip.engine.configio import load_config
     from longskip.engine.data.lint import lint as check
+    from longskip.engine.data.sources import open_source
+    from longskip.engine.opening import told_of_bad
+    from longskip.engine.quarantine import quarantine_of
 
-    text = load_config(config).encoders.text if config else None
+    run = load_config(config) if config else Config()
+    text = run.encoders.text if config else None
     limit = text.n_tokens if text and text.too_long == "error" else None
-    bad: list[str] = []
+    bad: list[dict[str, Any]] = []
     with counting("reading", None) as progress:
-        found = check(path, n_txt=limit, progress=progress, bad=lambda entry: bad.append(json.dumps(entry)))
+        found = check(path, n_txt=limit, progress=progress, bad=bad.append)
+    of_run, passed = found.good + found.bad, 0
+    if run.data.quarantine and Path(run.data.path) == path:
+        listed = set(quarantine_of(run.data.quarantine, open_source(path)).samples.tolist())
+        passed = sum(entry["sample"] in listed for entry in bad)
+    share = told_of_bad(
+        run, found.bad - passed, of_run, f" without the {passed:,} of data.quarantine" if passed else ""
+    )
     if quarantine is not None:
         from longskip.engine.data.index import write_atomically
 
-        write_atomically(quarantine, "".join(f"{line}\n" for line in bad).encode())
+        write_atomically(quarantine, "".join(f"{json.dumps(entry)}\n" for entry in bad).encode())
     if as_json:
-        print(json.dumps(found.to_json()))
+        of_bad = {
+            "bad_share": (found.bad - passed) / of_run if of_run else None,
+            "max_bad_share": run.data.max_bad_share,
+        }
+        print(json.dumps(found.to_json() | of_bad))
     else:
         print(f"{found.good:,} of {found.samples:,} samples can be trained on; {found.sha256_checked} shard(s) hashed")
+        if found.bad:
+            print(share)
         if found.tables_unhashed:
             print(
                 f"the index holds no hash of {found.tables_unhashed} table(s): picture sizes in them are taken as they "
@@ -116,6 +134,9 @@ def lint(
             print(f"  {reason}: {count:,}")
         for name, reason, detail in found.examples:
             print(f"    {name}: {reason} ({detail})")
+        if found.n_captions_alone:
+            print(f"{found.n_captions_alone:,} caption file(s) without a picture of their name, which are no samples:")
+            print("".join(f"    {name}\n" for name in found.captions_alone), end="")
         if quarantine is not None:
             print(
                 f"{len(bad):,} sample(s) written to {quarantine}; they are passed over with data.quarantine={quarantine}"

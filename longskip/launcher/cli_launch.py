@@ -62,6 +62,7 @@ def launch(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="show all that would be written and run, and stop")
     ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="with --dry-run: DeepSpeed's JSON too")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="with --dry-run, --submit or a preflight of this machine: one JSON object")
     ] = False,
@@ -93,7 +94,7 @@ def launch(
     config, request = _request(context.args, asked)
     rendered = render(config, request)
     if dry_run:
-        _show(config, request, rendered, as_json=as_json)
+        _show(config, request, rendered, as_json=as_json, verbose=verbose)
         return
     scheduled = request.on in ("slurm", "kubernetes")
     if submit and not scheduled:
@@ -106,11 +107,19 @@ def launch(
     if scheduled or (not rendered.command and rendered.per_node):
         launching.keep(rendered, request)
         _print_commands(request, rendered)
+        if scheduled:
+            print("not submitted: run that, or launch again with --submit")
         return
     run = launching.run_of(config, request.train[0])
-    code = _here(request, rendered, as_json) if request.via == "none" else launching.start(rendered, request)
-    if code == EXIT_USAGE:
-        launching.sweep(run)
+    code = EXIT_USAGE
+    try:
+        code = _here(request, rendered, as_json) if request.via == "none" else launching.start(rendered, request)
+    except LongskipError as error:
+        code = error.exit_code
+        raise
+    finally:
+        if code == EXIT_USAGE or preflight_only:
+            launching.sweep(run)
     signals.ignore()
     raise typer.Exit(code)
 
@@ -206,6 +215,11 @@ def _request(arguments: list[str], asked: dict[str, Any]) -> tuple[Config, Reque
     if not arguments or arguments[0] != "train" or len(arguments) < 2:
         raise ConfigError("launch starts ranks of train only", cure="longskip launch --local 2 -- train CONFIG")
     words = tuple(arguments[1:])
+    if (option := next((word for word in words if word.startswith("-")), None)) is not None:
+        raise ConfigError(
+            f"{option} stands behind train, where only CONFIG and overrides (group.key=value) belong",
+            cure=f"options of launch stand before --: longskip launch {option} -- train CONFIG",
+        )
     several = asked["hostfile"] is not None or (asked["nodes"] or 1) > 1
     on = asked["on"] or ("hosts" if several else "local")
     _known("--on", on, WAYS)
@@ -285,7 +299,7 @@ def _print_commands(request: Request, rendered: Rendered) -> None:
         print(f"node {node:<4} {command_line(command)}")
 
 
-def _show(config: Config, request: Request, rendered: Rendered, *, as_json: bool) -> None:
+def _show(config: Config, request: Request, rendered: Rendered, *, as_json: bool, verbose: bool) -> None:
     from longskip.launcher.launching import deepspeed_json
 
     told = {**rendered.as_json(), "deepspeed": deepspeed_json(config, request), "kept": request.kept}
@@ -294,7 +308,7 @@ def _show(config: Config, request: Request, rendered: Rendered, *, as_json: bool
         return
     from longskip.launcher.tables_launch import print_rendered
 
-    print_rendered(rendered, told)
+    print_rendered(rendered, told, verbose=verbose)
 
 
 def status(

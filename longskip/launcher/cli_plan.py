@@ -15,15 +15,19 @@ if TYPE_CHECKING:
 
     from longskip.engine.planning import Option, Plan
 
+# The option was called --price-per-hour by some commands; that is understood, and not shown.
+PRICES = {"token_normalize_func": lambda name: "price" if name == "price-per-hour" else name}
 DEFAULT_NETWORK = "ndr"
 DEFAULT_GPUS = 8
+# One thing, the time until the host has started the kernels, is a term of the step and, where nothing hides it, a phase.
+_WORDS = {"launch": "kernel starts", "dispatch": "kernel starts"}
 _SPANS = ((2 * 86400, 86400, "d"), (2 * 3600, 3600, "h"), (120, 60, "min"), (0.1, 1, "s"), (1e-4, 1e-3, "ms"))
 
 
 def plan(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="the run's YAML")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="dotted overrides")] = None,
-    gpus: Annotated[int | None, typer.Option(help="how many; 8 where you do not say")] = None,
+    gpus: Annotated[int | None, typer.Option(help="how many; 8 where you do not say, 1 of `this`")] = None,
     gpu: Annotated[
         str, typer.Option(help="which: h200, h100, a100-80gb …; `this` is the machine you measured")
     ] = "h200",
@@ -36,8 +40,11 @@ def plan(
         float | None, typer.Option(metavar="GIB", help="host memory of a node, held against what is put off to it")
     ] = None,
     price: Annotated[
-        float | None, typer.Option(help="of a GPU and hour; budget.price_per_device_hour by default")
+        float | None, typer.Option(help="of one device and hour; budget.price_per_device_hour by default")
     ] = None,
+    encoders: Annotated[
+        str, typer.Option(help="frozen encoders: online (in every step), stored, or auto: as the data are")
+    ] = "auto",
     sweep: Annotated[
         bool, typer.Option("--sweep", help="every way to share it out, not only the ones worth taking")
     ] = False,
@@ -54,15 +61,16 @@ def plan(
     from longskip.profiling.hardware import find, find_network
 
     resolved = load_config(config, overrides or ())
+    device = find(gpu, hardware)
+    many = (1 if device.measured else DEFAULT_GPUS) if gpus is None else gpus
     cluster = planning.Cluster.of(
-        find(gpu, hardware), DEFAULT_GPUS if gpus is None else gpus, nodes,
-        find_network(network or DEFAULT_NETWORK, hardware), host_memory,
+        device, many, nodes, find_network(network or DEFAULT_NETWORK, hardware), host_memory
     )  # fmt: skip
-    found = planning.plan(resolved, cluster, name=config.stem, price_per_hour=price)
+    found = planning.plan(resolved, cluster, name=config.stem, price_per_hour=price, encoders=encoders)
     if as_json:
         print(json.dumps(planning.as_json(found), allow_nan=False))
         return
-    _show(found, str(config), gpus is None, network is None, sweep)
+    _show(found, str(config), gpus is None and not device.measured, network is None, sweep)
 
 
 def _show(found: Plan, config: str, gpus_assumed: bool, network_assumed: bool, sweep: bool) -> None:
@@ -80,7 +88,6 @@ def _show(found: Plan, config: str, gpus_assumed: bool, network_assumed: bool, s
         f"{units.count(found.n_parameters)} parameters · {found.steps:,} steps · {units.count(found.images)} images · "
         f"{units.count(found.tokens)} tokens · C {units.scientific(found.model_flops)} FLOPs "
         f"({found.model_flops / found.six_nd:.4f} of 6ND)",
-        soft_wrap=True,
     )
     usable = MARGIN * cluster.device.memory / GIB
     if chosen is None:
@@ -91,10 +98,9 @@ def _show(found: Plan, config: str, gpus_assumed: bool, network_assumed: bool, s
         f"[bold green]fits[/bold green] ({fit}): ZeRO-{chosen.stage}, micro-batch {chosen.micro} × accumulation "
         f"{chosen.accumulation}, checkpointing {_every(chosen.checkpointing)}: {chosen.memory.device / GIB:.1f} of "
         f"{usable:.1f} GiB a GPU, {MARGIN:.0%} of its {cluster.device.memory / GIB:.1f} ({parts_of(chosen.memory)})",
-        soft_wrap=True,
     )
     if chosen.memory.host:
-        console.print(_on_host(found, chosen), soft_wrap=True)
+        console.print(_on_host(found, chosen))
     step, ends = chosen.step, found.ends(chosen)
     speed = f"{_span(step.seconds, *ends['seconds_per_step'])} a step · "
     speed += f"{_between(step.images_per_second, ends['images_per_second'], ' images/s')}"
@@ -103,9 +109,13 @@ def _show(found: Plan, config: str, gpus_assumed: bool, network_assumed: bool, s
             low, high = ends[name.lower()]
             speed += f" · {name} {_between(100 * share, (100 * low, 100 * high), '%')}"
     clock = " · processor time, not the wall clock's" if cluster.device.measured else ""
-    console.print(f"{speed} · bound by {step.binds}{clock}", soft_wrap=True)
-    shares = [f"{name} {100 * seconds / step.seconds:.2g}%" for name, seconds in step.by_phase.items() if seconds]
-    console.print(f"  of it {', '.join(shares)}", soft_wrap=True)
+    console.print(f"{speed} · bound by {_WORDS.get(step.binds, step.binds)}{clock}")
+    shares = [
+        f"{_WORDS.get(name, name)} {100 * seconds / step.seconds:.2g}%"
+        for name, seconds in step.by_phase.items()
+        if seconds
+    ]
+    _say(console, [f"of it {', '.join(shares)}"], style="")
     cost, energy = found.cost(chosen), found.kilowatt_hours(chosen)
     seconds = found.seconds(chosen)
     least, most = ends["seconds_per_step"]
@@ -116,7 +126,7 @@ def _show(found: Plan, config: str, gpus_assumed: bool, network_assumed: bool, s
     )
     if energy is not None:
         bill += f" · {_between(energy, ends['kilowatt_hours'], ' kWh')} at {cluster.device.watts} W a GPU"
-    console.print(f"[bold]{bill}[/bold]", soft_wrap=True)
+    console.print(f"[bold]{bill}[/bold]")
     if found.best is not None and found.given is not None and found.best is not found.given:
         better = found.best.step.images_per_second / chosen.step.images_per_second
         if not found.given.fits:
@@ -132,7 +142,7 @@ def _show(found: Plan, config: str, gpus_assumed: bool, network_assumed: bool, s
     if not step.certain:
         console.print("In brackets: with every assumption at its one end and at its other.", style="dim")
     for note in found.notes:
-        console.print(f"note: {note}", style="dim", soft_wrap=True)
+        console.print(f"note: {note}", style="dim")
     console.print(
         "Steps alone: no evaluation, no checkpoints, no failures. "
         + (
@@ -142,14 +152,16 @@ def _show(found: Plan, config: str, gpus_assumed: bool, network_assumed: bool, s
         )
         + "Assumed:",
         style="dim",
-        soft_wrap=True,
     )
     _say(console, step.assumptions)
 
 
-def _say(console: Console, lines: Iterable[str]) -> None:
+def _say(console: Console, lines: Iterable[str], style: str = "dim") -> None:
+    """Lines set in a little, those that run over as well."""
+    from rich.padding import Padding
+
     for line in lines:
-        console.print(f"  {line}", style="dim", soft_wrap=True)
+        console.print(Padding(line, (0, 0, 0, 2), expand=False), style=style)
 
 
 def _say_what_lacks(console: Console, found: Plan) -> None:
@@ -172,9 +184,9 @@ def _say_what_lacks(console: Console, found: Plan) -> None:
             f"{device.memory / GIB:.1f}): {parts_of(least.memory)} GiB"
         )
         ways = [*([] if device.measured else found.more_to_host), "another GPU"]
-    console.print(f"[bold red]does not fit[/bold red]: {lack}", soft_wrap=True)
+    console.print(f"[bold red]does not fit[/bold red]: {lack}")
     cure = f"{found.enough} such GPUs would do" if found.enough else "no number of such GPUs up to the batch would do"
-    console.print(f"{cure}; or {', '.join(ways)}", soft_wrap=True)
+    console.print(f"{cure}; or {', '.join(ways)}")
     _table(
         console, found, sorted(enough or found.options, key=lambda o: (o.memory.device, o.memory.host))[:8], short=True
     )
@@ -232,15 +244,17 @@ def _table(console: Console, found: Plan, listed: list[Option], *, short: bool =
             {0: "none", 1: "all"}.get(option.checkpointing, f"1 of {option.checkpointing}"),
             memory if option.fits else f"{memory}!", *([f"{option.memory.host / GIB:,.1f}"] if hosted else []),
             _span(step.seconds, digits=digits), _round(step.images_per_second, digits),
-            *([] if short else [mfu, _round(found.seconds(option) / 86400, digits)]), step.binds,
+            *([] if short else [mfu, _round(found.seconds(option) / 86400, digits)]),
+            _WORDS.get(step.binds, step.binds).split()[-1],
         )  # fmt: skip
         table.add_row(*row, style="" if option.fits else "dim")
     console.print(table)
     notes = ["again: blocks that are computed again in the backward pass"]
+    notes += ["starts: the host, starting kernels"] if any(option.step.binds == "launch" for option in listed) else []
     notes += ["host: GiB of host memory a GPU"] if hosted else []
     notes += ["*: as configured"] if found.given in listed else []
     notes += ["!: does not fit"] if any(not option.fits for option in listed) else []
-    console.print("; ".join(notes), style="dim", soft_wrap=True)
+    console.print("; ".join(notes), style="dim")
 
 
 def _round(value: float, digits: int) -> str:

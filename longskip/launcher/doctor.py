@@ -100,11 +100,12 @@ def _disk() -> dict[str, Any]:
 
 
 def print_examination(findings: list[dict[str, Any]]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("", "what", "version", "note")
+    table = Table("", "what", "version", Column("note", overflow="fold"), box=box.SIMPLE_HEAD, pad_edge=False)
     for found in findings:
         mark = "[green]✓[/]" if found["usable"] else ("[red]✗[/]" if found["required"] else "[yellow]–[/]")
         table.add_row(mark, found["what"], found["version"] or "", escape(found["note"]))

@@ -305,9 +305,13 @@ class Leader:
     def _check(self, reports: Mapping[int, Report]) -> None:
         """Every node has checked what it has to be checked for, or one refuses."""
         found = {node: reports[node].checked for node in self._sessions}
-        refused = [code for code in found.values() if code not in ("", "ok")]
+        refused = {node: code for node, code in found.items() if code not in ("", "ok")}
         if refused:
-            return self._stop(int(refused[0]), "the preflight found what must be put right first")
+            # Node 0 tells why itself where it refuses, and the others what is their own.
+            why = (
+                "" if 0 in refused else f"{_nodes(refused)} refused the run in the preflight; what it said stands there"
+            )
+            return self._stop(int(next(iter(refused.values()))), why)
         if self._asked:
             return self._stop(EXIT_SAVED, "asked to stop before the ranks were started")
         if any(not self.alive(node) for node in found):

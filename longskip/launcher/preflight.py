@@ -174,12 +174,12 @@ def _await_heard(board: Board, nodes: Sequence[int]) -> None:
 
 
 def print_outcome(outcome: Outcome, *, as_json: bool = False, brief: bool = False) -> None:
-    """The table for people, or one JSON object; cures below the table, where they have room. ``brief``: only what is wrong,
-    and nothing where nothing is."""
+    """The table for people, or one JSON object; cures below the table, where they have room. ``brief``: only warnings, and
+    nothing where there are none: what failed is told by the error that ``refuse`` raises."""
     if as_json:
         print(json.dumps(outcome.to_json()))
         return
-    shown = [each for each in outcome.findings if not brief or each.status != "ok"]
+    shown = [each for each in outcome.findings if not brief or each.status == "warning"]
     if not shown:
         return
     from rich import box

@@ -27,7 +27,8 @@ _RECENT_LINES = 5
 
 @dataclass(frozen=True)
 class Status:
-    """``step`` is the last one that was logged, ``committed`` the newest checkpoint's; times in seconds, shares 0 to 1.
+    """``step`` is the last one known, logged or committed; ``committed`` the newest checkpoint's; times in seconds, shares 0
+    to 1. ``stops`` are attempts that saved and ended because they were asked to: no incidents.
 
     ``state``: ``running`` while a job holds the run's lock; else how its last job ended; ``crashed`` without a word.
     """
@@ -47,6 +48,7 @@ class Status:
     world: int | None
     incidents: tuple[dict[str, Any], ...]
     incident_count: int
+    stops: int
     goodput: float | None
     wall: float
 
@@ -58,16 +60,20 @@ def status_of(run: str | Path, *, now: float | None = None) -> Status:
     """The status of a run's folder, or of its name under ``runs/``; raises RunFolderError where it is none."""
     now = time.time() if now is None else now
     log = RunLog.open(run)
-    incidents = _told_once(log.incidents)
+    stopped = _stopped(log.incidents)
+    incidents = [
+        row for row in _told_once(log.incidents) if row.get("kind") != "signal" or row.get("attempt") not in stopped
+    ]
     held = lock_is_held(log.path / "run.lock")
     lines = log.ledger.lines
     recent = totals(lines[-_RECENT_LINES:])
     steps = log.config.get("train", {}).get("steps") if isinstance(log.config.get("train"), dict) else None
     step = max((step for step, row in log.metrics.items() if "loss/global_avg" in row), default=log.sums.last_step)
+    committed, when = _newest_commit(log.path)
+    step = max(step, committed or 0)  # a save between two lines, on a signal above all
     eta = None
     if held and isinstance(steps, int) and recent.steps and recent.seconds:
         eta = max(0, steps - step) * recent.seconds / recent.steps
-    committed, when = _newest_commit(log.path)
     watched = attempts_of(log)
     ledgers = {entry.attempt for entry in log.ledger.entries}
     spent = goodput(log, now=now if held else None)
@@ -79,8 +85,18 @@ def status_of(run: str | Path, *, now: float | None = None) -> Status:
         restarts=sum(row.get("kind") == "restarted" for row in log.incidents),
         world=watched[-1].world if watched else lines[-1].devices if lines else None,
         incidents=tuple(redacted(row) for row in incidents[-INCIDENTS:]), incident_count=len(incidents),
+        stops=len(stopped),
         goodput=spent.share, wall=spent.wall,
     )  # fmt: skip
+
+
+def _stopped(incidents: Sequence[dict[str, Any]]) -> set[int]:
+    """Attempts of which a rank says that it saved and stopped on a signal.
+
+    A supervisor's word that the ranks were asked to is of the same stop, and an incident where none of them came to it.
+    """
+    own = (row for row in incidents if row.get("kind") == "signal" and isinstance(row.get("rank"), int))
+    return {row["attempt"] for row in own if isinstance(row.get("attempt"), int)}
 
 
 def _told_once(incidents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -91,6 +91,7 @@ def print_evaluation(result: dict[str, Any]) -> None:
         )
     for line in score_lines(result):
         console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"in eval/{result['file']}", highlight=False, soft_wrap=True)
 
 
 def score_lines(result: dict[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from longskip.errors import LongskipError
+from longskip.errors import ConfigError, LongskipError
 
 Row = Mapping[str, Any]
 
@@ -25,7 +25,7 @@ def read(path: Path) -> dict[str, Any]:
         result = json.loads(path.read_text("utf-8"))
         rows = result["rows"]
     except FileNotFoundError as error:
-        raise LongskipError(f"{path} does not exist", cure="longskip bench kernels --out FILE writes one") from error
+        raise ConfigError(f"{path} does not exist", cure="longskip bench kernels --out FILE writes one") from error
     except (ValueError, KeyError, TypeError) as error:
         raise LongskipError(
             f"{path} holds no measurements of kernels", cure="longskip bench kernels --out FILE"

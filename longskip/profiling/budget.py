@@ -22,8 +22,8 @@ from longskip.profiling.ledger import LedgerLine, committed_lines
 from longskip.profiling.runlog import RunLog
 
 COVERS = (
-    "wall time, money, energy and goodput run from the first step of each attempt to the last logged one: starting up "
-    "before it and ending after it are not in the ledger"
+    "wall time, money, energy and the committed share run from the first step of each attempt to the last logged one: "
+    "starting up before it and ending after it are not in the ledger"
 )
 _HOUR = 3600.0
 _COUNTS = ("steps", "images", "image_tokens", "tokens", "model_flops", "hardware_flops", "six_nd", "seconds")
@@ -74,7 +74,7 @@ class RunBudget:
     amounts: dict[str, Amount]
     uses: tuple[Use, ...]
     accounts: tuple[Account, ...]
-    goodput: float | None
+    committed_share: float | None
     mfu: float | None
     hfu: float | None
     loss: float | None
@@ -139,7 +139,7 @@ def run_budget(
         amounts=amounts,
         uses=_uses(committed, amounts["device_hours"]),
         accounts=tuple(accounts(map(_work, committed), params, spec)),
-        goodput=sums.goodput,
+        committed_share=sums.committed_share,
         mfu=sums.committed.mfu,
         hfu=sums.committed.hfu,
         loss=([None, *smoothed([line.loss for line in committed])])[-1],

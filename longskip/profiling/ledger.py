@@ -135,8 +135,10 @@ class Sums:
     attempts: int
 
     @property
-    def goodput(self) -> float | None:
-        """Committed time as a share of the time spent, 0 to 1; None before the first line."""
+    def committed_share(self) -> float | None:
+        """Committed time as a share of the time spent, 0 to 1; None before the first line. Goodput (``goodput.py``) is
+        of the wall time, of which starting up, ending and pauses are part too.
+        """
         return self.committed.seconds / self.spent.seconds if self.spent.seconds > 0 else None
 
 

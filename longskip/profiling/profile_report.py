@@ -71,7 +71,6 @@ def render_html(found: Profile) -> str:
         tiles=_tiles(found),
         figures=words.figures(found),
         trees=_trees(found, colours),
-        key=_key(colours),
         splits=_splits(found),
         roof=_roof(found, colours) if found.device else None,
         bars=_bars(found),
@@ -191,9 +190,11 @@ def _colours(lines: Sequence[Line]) -> dict[str, int]:
     return {name: min(at, _COLOURS) for at, name in enumerate(order)}
 
 
-def _key(colours: dict[str, int]) -> list[tuple[str, int]]:
+def _key(colours: dict[str, int], groups: Sequence[dict[str, Any]]) -> list[tuple[str, int]]:
+    """The names of the colours that stand in these groups."""
+    there = {cell["colour"] for group in groups for cell in group["cells"]}
     own = [(name, colour) for name, colour in colours.items() if colour < _COLOURS]
-    return own + ([("others", _COLOURS)] if len(own) < len(colours) else [])
+    return [(name, colour) for name, colour in (*own, ("others", _COLOURS)) if colour in there]
 
 
 def _trees(found: Profile, colours: dict[str, int]) -> list[dict[str, Any]]:
@@ -219,7 +220,7 @@ def _trees(found: Profile, colours: dict[str, int]) -> list[dict[str, Any]]:
                     "name": words.name_of(block), "share": measure(block) / whole, "cells": cells, "head": bool(head),
                     "x": 100 * (box.x + _GAP) / _TREE.width, "y": box.y + 2 + 13, "width": 100 * box.width / _TREE.width,
                 })  # fmt: skip
-        trees.append({"name": name, "title": title, "whole": whole, "groups": groups})
+        trees.append({"name": name, "title": title, "whole": whole, "groups": groups, "key": _key(colours, groups)})
     return trees
 
 

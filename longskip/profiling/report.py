@@ -69,6 +69,7 @@ def render_html(logs: Sequence[RunLog]) -> str:
         runs=[_run(log, name, {row["key"] for row in differing}) for log, name in zip(logs, names, strict=True)],
         figures=reportdata.figure_rows(logs),
         scores=reportdata.score_rows(logs),
+        nearest=reportdata.nearest_rows(logs),
         quality=reportdata.quality_rows(logs),
         steps=sorted({grid.step for log in logs for grid in _shown(log.samples)}),
         config_rows=differing,
@@ -86,7 +87,7 @@ def render_html(logs: Sequence[RunLog]) -> str:
 
 
 def _run(log: RunLog, name: str, differing: set[str]) -> dict[str, Any]:
-    judged = reportdata.last_judged(log)
+    judged, near = reportdata.last_judged(log), reportdata.last_judged(log, "nearest")
     return {
         "name": name,
         "folder": str(log.path),
@@ -99,7 +100,9 @@ def _run(log: RunLog, name: str, differing: set[str]) -> dict[str, Any]:
         "grids": [grid for item in _shown(log.samples) if (grid := _grid(item))],
         "grids_left_out": max(0, len(log.samples) - MAX_GRIDS),
         "judged": judged,
+        "judged_how": reportdata.drawn(judged),
         "examples": _picture(judged["judge"].get("examples")) if judged else None,
+        "near_examples": _picture(near["nearest"].get("examples")) if near else None,
         "ledger": reportdata.ledger_rows(log),
         "attempts": reportdata.attempts(log),
         "wall": reportdata.wall_rows(log),

@@ -23,7 +23,8 @@ from longskip.profiling.runlog import RunLog
 
 MAX_POINTS = 1500
 MAX_ROWS = 200
-_ATTRIBUTES = ("full", "colour", "size", "shape", "position", "relation")
+_ATTRIBUTES = ("full", "objects", "colour", "size", "shape", "position", "relation")
+_VERDICTS = 3  # of the headline figures: what a judge says
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,22 +55,15 @@ def labels(logs: Sequence[RunLog]) -> list[str]:
 
 
 def figure_rows(logs: Sequence[RunLog]) -> list[tuple[Figure, ...]]:
-    """The headline figures, a row per figure and in it one per run; without the judge's where no run was judged."""
+    """The headline figures, a row per figure and in it one per run; of a judge's, those that some run has."""
     rows = list(zip(*(headline(log) for log in logs), strict=True))
-    return rows if any(last_judged(log) for log in logs) else rows[2:]
+    return [row for at, row in enumerate(rows) if at >= _VERDICTS or any(each.value != units.NONE for each in row)]
 
 
 def headline(log: RunLog) -> list[Figure]:
     """The figures a reader looks for first: the same labels for every run, unknown values as a dash."""
     committed, spent, info = log.sums.committed, log.sums.spent, log.info
-    judged = last_judged(log)
-    figures = []
-    for split, label in (("seen", "Full match, seen"), ("held_out", "Full match, held out")):
-        scores = _mapping(_mapping(judged.get("judge")).get(split))
-        note = "not judged"
-        if scores:
-            note = f"{units.exact(_number(scores.get('count')))} prompts, step {judged['step']:,}"
-        figures.append(Figure(label, units.share(_number(scores.get("full"))), note))
+    figures = _verdicts(log)
     params = _number(info.get("params"))
     params_token = _number(info.get("params_token"))
     if committed.steps == 0:
@@ -101,6 +95,25 @@ def headline(log: RunLog) -> list[Figure]:
             _goodput(log),
         ]
     return [*figures, _mfu(log, committed)]
+
+
+def _verdicts(log: RunLog) -> list[Figure]:
+    """What the judges say of the newest step that each judged."""
+    judged, near = last_judged(log), last_judged(log, "nearest")
+    figures = []
+    for split, label in (("seen", "Full match, seen"), ("held_out", "Full match, held out")):
+        scores = _mapping(_mapping(judged.get("judge")).get(split))
+        note = "judged by the nearest picture alone" if near else "not judged"
+        if scores:
+            note = f"{units.exact(_number(scores.get('count')))} prompts, step {judged['step']:,}"
+        figures.append(Figure(label, units.share(_number(scores.get("full"))), note))
+    found = _mapping(near.get("nearest"))
+    note = "not asked"
+    if found:
+        of = " of ".join(units.exact(_number(found.get(name))) for name in ("hits", "count"))
+        note = f"{of} training pictures, chance {units.share(_number(found.get('chance')))}, step {near['step']:,}"
+    figures.append(Figure("Found again", units.share(_number(found.get("share"))), note))
+    return figures
 
 
 def _goodput(log: RunLog) -> Figure:
@@ -143,9 +156,55 @@ def _mfu(log: RunLog, committed: Totals) -> Figure:
     return Figure("MFU", units.NONE, hardware.mfu_reason(device) or "the ledger holds none")
 
 
-def last_judged(log: RunLog) -> dict[str, Any]:
-    """The newest evaluation with the judge's scores; {} without any."""
-    return next((body for body in reversed(log.evaluations) if _mapping(body.get("judge"))), {})
+def last_judged(log: RunLog, score: str = "judge") -> dict[str, Any]:
+    """The evaluation of the newest step that has ``score``, as ``evaluated`` chooses it; {} without any."""
+    return (evaluated(log, score) or [{}])[-1]
+
+
+def evaluated(log: RunLog, score: str) -> list[dict[str, Any]]:
+    """Of the evaluations with ``score`` (judge, nearest, loss) one a step, in order of steps.
+
+    One that drew as the configuration says goes before others, then one of more prompts. ``others`` is how many
+    more there are of its step.
+    """
+
+    def worth(body: dict[str, Any]) -> tuple[bool, float]:
+        part = _mapping(body[score])
+        counts = [part.get("count"), part.get("samples")]
+        counts += [_mapping(part.get(split)).get("count") for split in ("seen", "held_out")]
+        return body.get("as_configured") is not False, sum(_number(each) or 0 for each in counts)
+
+    steps: dict[int, list[dict[str, Any]]] = {}
+    for body in log.evaluations:
+        if _mapping(body.get(score)):
+            steps.setdefault(body["step"], []).append(body)
+    chosen = []
+    for _, bodies in sorted(steps.items()):
+        best = max(bodies, key=worth)
+        chosen.append({**best, "others": len(bodies) - 1})
+    return chosen
+
+
+def nearest_rows(logs: Sequence[RunLog]) -> list[dict[str, Any]]:
+    """Whether training pictures came back, a row per run and step that was asked: shares, and ``how`` they were drawn."""
+    rows = []
+    for index, log in enumerate(logs):
+        for body in evaluated(log, "nearest"):
+            found = _mapping(body["nearest"])
+            figures = {name: _number(found.get(name)) for name in ("share", "chance", "share_among_all")}
+            counts = {name: units.exact(_number(found.get(name))) for name in ("hits", "count", "among_all")}
+            rows.append({"run": index, "step": body["step"], "how": drawn(body), **figures, **counts})
+    return rows[-MAX_ROWS:]
+
+
+def drawn(body: Mapping[str, Any]) -> str:
+    """How the pictures of an evaluation were drawn, and how many more evaluations of its step there are."""
+    names = ("weights", "sampler", "steps", "guidance", "seed")
+    how = [f"{name} {_text(body[name])}" for name in names if body.get(name) is not None]
+    others = body.get("others")
+    if others:
+        how.append(f"{others} more evaluation{'s' if others > 1 else ''} of this step in eval/")
+    return " · ".join(how)
 
 
 def score_rows(logs: Sequence[RunLog]) -> list[dict[str, Any]]:
@@ -181,7 +240,7 @@ def quality_rows(logs: Sequence[RunLog]) -> list[dict[str, Any]]:
             ]
             if not any(figures):
                 continue
-            how = [f"{name} {_text(body.get(name))}" for name in ("weights", "sampler", "steps", "guidance", "seed")]
+            how = [drawn(body)]
             counted = (("FID, KID", fidelity), ("CLIP", clip), ("bound", bound), ("ODE", ode))
             how += [f"{name} of {units.exact(_number(part.get('count')))}" for name, part in counted if part]
             hashed = ((name, _mapping(fidelity.get(name)).get("sha256")) for name in ("network", "statistics"))
@@ -378,7 +437,7 @@ def _points(run: int, steps: Sequence[int], values: Sequence[float], **extra: An
 
 
 def _evaluated(run: int, log: RunLog) -> dict[str, Any]:
-    pairs = [(body["step"], _number(_mapping(body.get("loss")).get("mean"))) for body in log.evaluations]
+    pairs = [(body["step"], _number(_mapping(body["loss"]).get("mean"))) for body in evaluated(log, "loss")]
     known = [(step, value) for step, value in pairs if value is not None]
     return _points(run, [step for step, _ in known], [value for _, value in known])
 
@@ -386,8 +445,8 @@ def _evaluated(run: int, log: RunLog) -> dict[str, Any]:
 def _scores(run: int, log: RunLog) -> Iterable[dict[str, Any]]:
     for split, label in (("seen", "seen"), ("held_out", "held out")):
         pairs = []
-        for body in log.evaluations:
-            full = _number(_mapping(_mapping(body.get("judge")).get(split)).get("full"))
+        for body in evaluated(log, "judge"):
+            full = _number(_mapping(_mapping(body["judge"]).get(split)).get("full"))
             if full is not None:
                 pairs.append((body["step"], 100 * full))
         if len(pairs) > 1:
@@ -401,8 +460,8 @@ def _bins(run: int, log: RunLog, *, only_last: bool) -> list[dict[str, Any]]:
     for step, row in log.metrics.items():
         curves.append((step, row.get("validation/loss_bins"), row.get("validation/bin_edges")))  # type: ignore[arg-type]
     if not any(bins for _, bins, _ in curves):
-        for body in log.evaluations:
-            loss = _mapping(body.get("loss"))
+        for body in evaluated(log, "loss"):
+            loss = _mapping(body["loss"])
             curves.append((body["step"], loss.get("bins"), loss.get("edges")))  # type: ignore[arg-type]
     found = []
     for step, bins, edges in curves:

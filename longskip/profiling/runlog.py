@@ -135,18 +135,25 @@ class RunLog:
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        """``eval/step-*.json`` in order of steps. ``examples`` under ``judge`` is a full path where the file exists."""
+        """``eval/step-*.json`` in order of steps, several of one step in order of their names, and those that earlier
+        versions put aside in ``eval/earlier/`` last. ``examples`` under ``judge`` and ``nearest`` is a full path where the
+        file exists.
+        """
         found = []
-        for file in (self.path / "eval").glob("step-*.json"):
+        folders = (self.path / "eval", self.path / "eval" / "earlier")
+        for file in (file for folder in folders for file in sorted(folder.glob("step-*.json"))):
             body = _load_object(file)
             step = body.get("step", _step_of(file.stem))
             if not isinstance(step, int):
                 self.skipped_lines["eval"] = self.skipped_lines.get("eval", 0) + 1
                 continue
             body["step"] = step
-            judge = body.get("judge")
-            if isinstance(judge, dict) and isinstance(judge.get("examples"), str):
-                body["judge"] = {**judge, "examples": self._inside(file.parent, judge["examples"])}
+            for name in ("judge", "nearest"):
+                part = body.get(name)
+                if isinstance(part, dict):
+                    examples = part.get("examples")
+                    path = self._inside(file.parent, examples) if isinstance(examples, str) else None
+                    body[name] = {**part, "examples": path}
             found.append(body)
         return sorted(found, key=lambda body: body["step"])
 

@@ -12,7 +12,7 @@ from longskip.engine.configio import validate
 from longskip.engine.data.encode import encode_shards
 from longskip.engine.data.encoding import Encoding
 from longskip.engine.encoders import Encoders
-from longskip.errors import ConfigError, DataError, EncoderError, ShardError
+from longskip.errors import ConfigError, DataError, EncoderError, ShardError, UnfitDataError
 from longskip.launcher.cli import main
 from longskip.launcher.cli_encode import parse_size
 from tests.engine.encode_folders import (
@@ -68,6 +68,10 @@ def test_folders_that_cannot_be_are_refused(folder, whole, tmp_path):
     shutil.copytree(folder / "shards", tmp_path / "other")
     with pytest.raises(DataError, match="already holds data that were not encoded here"):
         encode_shards(folder / "shards", tmp_path / "other", of(folder))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.jpg").write_bytes(b"x")
+    with pytest.raises(UnfitDataError, match="holds pictures"):
+        encode_shards(folder / "shards", tmp_path / "mine", of(folder))
     with pytest.raises(ShardError, match="URL or a pipe"):
         encode_shards(folder / "shards", "s3://bucket/out", of(folder))
     with pytest.raises(DataError, match="holds no encoding"):

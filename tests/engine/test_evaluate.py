@@ -32,7 +32,10 @@ from tests.feature_networks import scripted, tiny_inception
 from tests.saved_runs import saved_run
 from tests.tiny_encoders import tiny_clip
 
-STEP = "eval/step-00000007.json"
+
+def written(run: Path) -> dict[str, bytes]:
+    """The evaluations of a run by their files' names."""
+    return {file.name: file.read_bytes() for file in (run / "eval").glob("*.json")}
 
 
 def a_run(shapes: Path, run: Path, **groups: Any) -> Path:
@@ -63,7 +66,8 @@ def test_every_score_is_right_and_names_what_it_depends_on(home: Path, shapes: P
     """Against pictures drawn by ``sample`` for the same prompts, scipy's matrix root and cosines by numpy."""
     heard: list[int] = []
     result = scores(home, count=60, seed=4, progress=heard.append)
-    assert result == json.loads((home / "run" / STEP).read_text())
+    assert result == json.loads(written(home / "run")[result["file"]])
+    assert result["file"].startswith("step-00000007-fid-60-clip-60-seed-4-") and result["as_configured"]
     assert heard == [50, 60]
     said = {name: result[name] for name in ("step", "checkpoint", "weights", "sampler", "steps", "guidance", "seed")}
     assert said == {
@@ -110,7 +114,7 @@ def test_the_seed_decides_and_the_file_is_one_commands_result(home: Path) -> Non
     assert one["fidelity"]["count"] == 10 and one["fidelity"]["kid"]["subset_size"] == 5
     raw = scores(home, weights="raw", clip=None)
     assert raw["fidelity"]["fid"] != one["fidelity"]["fid"] and "clip_score" not in raw
-    assert "clip_score" not in json.loads((home / "run" / STEP).read_text())
+    assert not raw["as_configured"] and one["as_configured"] and other["as_configured"]
 
 
 def test_few_pictures_are_warned_of_where_people_look(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,7 +140,8 @@ def test_what_the_configuration_names_is_used_by_default(home: Path, shapes: Pat
 def test_scores_beside_a_judge(home: Path) -> None:
     result = scores(home, kind="shapes", clip=None)
     assert result["judge"]["seen"]["count"] == result["judge"]["held_out"]["count"] == 5 and result["count"] == 10
-    assert (home / "run" / "eval" / "step-00000007.png").is_file() and result["fidelity"]["count"] == 10
+    sheet = home / "run" / "eval" / result["judge"]["examples"]
+    assert sheet.is_file() and sheet.stem == Path(result["file"]).stem and result["fidelity"]["count"] == 10
 
 
 # --- prompts -------------------------------------------------------------------------------------------------------
@@ -250,7 +255,6 @@ def test_loss_and_likelihood_are_of_the_runs_own_objective(shapes: Path, tmp_pat
 
 @pytest.mark.slow
 def test_the_likelihood_by_the_ode(home: Path) -> None:
-    (home / "run" / STEP).unlink(missing_ok=True)  # scores of other tests would be kept
     result = evaluate(home / "run", likelihood=["ode", "vlb"], count=2)
     assert result["likelihood"]["ode"]["divergence"] == "hutchinson" and result["likelihood"]["vlb"]["count"] == 2
     assert len(score_lines(result)) == 2
@@ -293,10 +297,10 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_computed(
         (latent, {"clip": clip}, ConfigError, r"encoders\.vae\.path"),
     ]
     for run, given, kind, words in cases:
-        before = (run / STEP).read_bytes() if (run / STEP).is_file() else None
+        before = written(run)
         with pytest.raises(kind, match=words):
             evaluate(run, **({"count": 4} | given))
-        assert ((run / STEP).read_bytes() if (run / STEP).is_file() else None) == before
+        assert written(run) == before
 
 
 # --- commands ------------------------------------------------------------------------------------------------------
@@ -333,17 +337,28 @@ def test_the_commands(home: Path, shapes: Path, tmp_path: Path, capsys: pytest.C
         assert code == 2 and words in said, (arguments, said)
 
 
-def test_scores_of_an_earlier_command_are_kept_where_both_draw_alike(home: Path) -> None:
-    """Same checkpoint and drawing: added to; other ones: the earlier file is put aside, not lost."""
-    path = home / "run" / STEP
-    path.unlink(missing_ok=True)
-    first = scores(home, clip=None)
-    assert "clip_score" not in first
-    both = scores(home, statistics=None, network=None)
-    assert both["fidelity"] == first["fidelity"] and "clip_score" in both
-    assert json.loads(path.read_text()) == both
-    before = set((path.parent / "earlier").glob("*.json")) if (path.parent / "earlier").is_dir() else set()
-    other = scores(home, guidance=1.5, clip=None)
-    assert "clip_score" not in other and other["fidelity"] != first["fidelity"]
-    (aside,) = set((path.parent / "earlier").glob("*.json")) - before
-    assert json.loads(aside.read_text()) == both
+def test_no_evaluation_takes_the_place_of_another(shapes: Path, tmp_path: Path) -> None:
+    """Fewer prompts, another seed, other drawing, likelihood: a file each with the sheet it names; the same is the same."""
+    eval_ = {"samples": 8, "time_bins": 2, "sample_steps": 1, "judge": "shapes", "judge_count": 8, "guidance": 2.0}
+    run = a_run(shapes, tmp_path / "run", eval=eval_ | {"likelihood_count": 2})
+    best = evaluate(run)
+    before = {file: file.read_bytes() for file in (run / "eval").iterdir()}
+    assert len(before) == 2 and best["file"].startswith("step-00000007-shapes-8-seed-0-")
+    others: list[dict[str, Any]] = [
+        {"count": 4}, {"seed": 1}, {"guidance": 1.0}, {"steps": 2}, {"weights": "raw"}, {"likelihood": ["vlb"]},
+    ]  # fmt: skip
+    names = {evaluate(run, **given)["file"] for given in others}
+    assert len(names | {best["file"]}) == 1 + len(others) == len(written(run))
+    assert {file: file.read_bytes() for file in before} == before
+    assert evaluate(run) == best and len(written(run)) == 1 + len(others)
+
+
+def test_likelihood_alone_draws_nothing(shapes: Path, tmp_path: Path) -> None:
+    """And nothing that was asked for before comes back unasked."""
+    run = a_run(shapes, tmp_path / "run", eval={"samples": 8, "sample_steps": 1, "judge": "shapes", "judge_count": 2})
+    alone = evaluate(run, likelihood=["vlb"], count=2)
+    assert "judge" not in alone and alone["judge_kind"] == "none" and alone["count"] == 0 and "likelihood" in alone
+    assert not list((run / "eval").glob("*.png")) and "vlb-2" in alone["file"]
+    assert "likelihood" not in evaluate(run)
+    both = evaluate(run, likelihood=["vlb"], count=2, kind="shapes")
+    assert "judge" in both and "likelihood" in both

@@ -62,6 +62,15 @@ def test_long_captions_wrap_to_their_width_and_end() -> None:
         assert columns.size and columns[0] >= MARGIN - 1 and columns[-1] <= MARGIN + 128
 
 
+def test_more_lines_hold_a_longer_caption() -> None:
+    images = pictures(1, 32, 32)
+    heights = [make_grid(images, ["word " * 40], scale=4, lines=lines).height for lines in (2, 6, 10, 99)]
+    assert heights[1] == make_grid(images, ["word " * 40], scale=4).height
+    assert (
+        heights[0] < heights[1] < heights[2] < heights[3] < make_grid(images, ["word " * 80], scale=4, lines=99).height
+    )
+
+
 def test_pictures_of_several_sizes_are_centred() -> None:
     small, large = pictures(1, 2, 2)[0], pictures(1, 6, 8)[0]
     grid = np.asarray(make_grid([small, large], ["", ""], columns=2, scale=2))

@@ -115,6 +115,23 @@ def test_swapped_attributes_fail() -> None:
     assert verdict.attributes == {"objects": True, "colour": False, "shape": True, "size": True, "relation": True}
 
 
+def test_what_was_read_amiss_is_said_and_nothing_else() -> None:
+    star = Scene((Thing("red", "star", "big", "top left"),))
+    one = draw(Scene((Thing("yellow", "star", "big", "center"),)), 32)
+    two = draw(Scene((Thing("red", "star", "small"), Thing("blue", "ring", "big")), "above"), 32)
+    assert judge(draw(star, 32), star).amiss == ""
+    assert judge(one, star).amiss == "yellow for red, center for top left"
+    assert judge(np.full((32, 32, 3), 255, np.uint8), star).amiss == "nothing"
+    assert judge(two, star).amiss.startswith("2 objects for 1")
+    below = Scene((Thing("red", "star", "small"), Thing("blue", "ring", "small")), "below")
+    assert judge(two, below).amiss == "big for small, above for below"
+    rng = np.random.default_rng(3)
+    for _ in range(60):  # said where anything is wrong, of whatever is drawn and asked for
+        drawn, asked = sample_scene(rng, "mixed", None), sample_scene(rng, "mixed", None)
+        verdict = judge(draw(drawn, 32, rng), asked)
+        assert (verdict.amiss == "") == verdict.full
+
+
 def _own_picture(inside: np.ndarray, ink: tuple[int, int, int], paper: tuple[int, int, int]) -> np.ndarray:
     """A picture ``(s, s, 3)`` from a mask ``(4s, 4s)``: box-filtered, without anything of the package's drawer."""
     size = inside.shape[0] // 4

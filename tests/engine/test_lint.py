@@ -96,6 +96,48 @@ def test_a_plain_folder_is_checked_too(tmp_path):
     assert (report.samples, report.good, report.shards) == (4, 2, 0)
 
 
+def test_captions_without_a_picture_are_named_and_no_fault(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    for name in ("a.png", "sub/b.png"):
+        (tmp_path / name).write_bytes(png(len(name)))
+    for name in ("a.txt", "sub/b.txt", "lonely.txt", "sub/a.txt", "notes.md", ".dot.txt", ".hidden/x.txt"):
+        (tmp_path / name).write_text("x")
+    report = lint(tmp_path)
+    assert report.captions_alone == ["lonely.txt", "sub/a.txt"] and report.n_captions_alone == 2
+    assert report.ok and (report.samples, report.good, report.bad) == (2, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("limit", "passed_over", "share", "said"),
+    [(0.1, False, 0.25, "2 of 8 samples are bad, 25%, above data.max_bad_share 0.1 (10%): a run would stop"),
+     (0.3, False, 0.25, "2 of 8 samples are bad, 25%; data.max_bad_share allows 30%"),
+     (0.2, True, 0.125, "1 of 8 samples are bad without the 1 of data.quarantine, 12.5%; data.max_bad_share allows 20%")],
+)  # fmt: skip
+def test_the_command_says_whether_a_run_would_stop(tmp_path, capsys, limit, passed_over, share, said):
+    from longskip.launcher.cli import main
+
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(8):
+        (data / f"{i}.png").write_bytes(b"no picture" if i in (2, 5) else png(i))
+        (data / f"{i}.txt").write_text("x")
+    (data / "lonely.txt").write_text("x")
+    group = f"data: {{path: {data}, max_bad_share: {limit}" + (f", quarantine: {tmp_path}/list" if passed_over else "")
+    (tmp_path / "list").write_text("5\n")
+    (tmp_path / "run.yaml").write_text(f"model: {{preset: uvit-tiny, resolution: 32}}\n{group}}}\n")
+    for json_too in (False, True):
+        with pytest.raises(SystemExit) as ended:
+            main(["data", "lint", str(data), "--config", str(tmp_path / "run.yaml"), *(["--json"] if json_too else [])])
+        assert ended.value.code == 1
+        out = capsys.readouterr().out
+        if json_too:
+            told = json.loads(out)
+            assert (told["bad"], told["bad_share"], told["max_bad_share"]) == (2, share, limit)
+        else:
+            assert said in out and "1 caption file(s) without a picture" in out and "    lonely.txt\n" in out
+
+
 def test_examples_are_bounded(tmp_path):
     for i in range(MAX_EXAMPLES + 20):
         (tmp_path / f"{i}.png").write_bytes(b"x")

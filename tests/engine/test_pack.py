@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from longskip.engine.data import pack
 from longskip.engine.data.pack import pack_folder, write_shards
 from longskip.engine.data.sources import FolderSource, RawSample, ShardSource, open_source
-from longskip.errors import BadSampleError, DataError, ShardError
+from longskip.errors import BadSampleError, DataError, ShardError, UnfitDataError
 
 
 def picture(i: int, format: str = "PNG") -> bytes:
@@ -113,6 +114,65 @@ def test_empty_repeated_and_second_writing_is_refused(tmp_path):
     write_shards(raw(1), tmp_path / "a")
     with pytest.raises(DataError, match=r"already holds index\.json"):
         write_shards(raw(1), tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["a.png", "below/b.JPEG", "metadata.jsonl"])
+def test_a_folder_with_pictures_takes_no_shards(tmp_path, name):
+    """An index among them would stand for all of them from then on."""
+    fill(tmp_path / "mine", {name: b"x", "notes.md": "x"})
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UnfitDataError, match=f"holds pictures .{name}"):
+        write_shards(raw(1), tmp_path / "mine")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_other_files_and_hidden_pictures_are_no_pictures(tmp_path):
+    fill(tmp_path / "mine", {".a.png": b"x", ".thumbs/b.png": b"x", "notes.md": "x", "a.txt": "x"})
+    assert write_shards(raw(1), tmp_path / "mine").total == 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, OSError])
+def test_what_is_interrupted_leaves_nothing_behind(tmp_path, error):
+    """The third shard is being written: neither it nor the two that are whole, which no index would list."""
+
+    def samples():
+        yield from raw(25)
+        assert (tmp_path / "a" / "00002.tar.part").exists() and (tmp_path / "a" / "00001.tar").exists()
+        raise error
+
+    fill(tmp_path / "a", {"notes.md": "x"})
+    with pytest.raises(error):
+        write_shards(samples(), tmp_path / "a", per_shard=10)
+    assert os.listdir(tmp_path / "a") == ["notes.md"]
+
+
+def test_an_interrupt_between_a_shard_and_the_next_leaves_nothing(tmp_path, monkeypatch):
+    for place in ("__init__", "finish"):
+        with monkeypatch.context() as patched:
+            kept = getattr(pack._OpenShard, place)
+
+            def ended(self, *arguments, kept=kept):
+                kept(self, *arguments)
+                raise KeyboardInterrupt
+
+            patched.setattr(pack._OpenShard, place, ended)
+            with pytest.raises(KeyboardInterrupt):
+                write_shards(raw(3), tmp_path / "a", per_shard=1)
+        assert os.listdir(tmp_path / "a") == []
+
+
+def test_sigterm_ends_what_is_counted_tidily(tmp_path):
+    """Sent to the process itself in the middle of a shard."""
+    code = (
+        "import os, signal, sys\nfrom longskip.launcher.progress import counting\n"
+        "from longskip.engine.data.shapes import write_shapes\n"
+        "with counting('drawing', 50) as tell:\n"
+        "    write_shapes(sys.argv[1], 50, progress=lambda n: os.kill(os.getpid(), signal.SIGTERM) if n == 20 else tell(n))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 143 and os.listdir(tmp_path / "a") == [], done.stderr
 
 
 def test_a_folder_trains_as_it_is_and_packs_to_the_same_samples(tmp_path):

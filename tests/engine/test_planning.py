@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,6 +23,10 @@ from longskip.launcher.cli import main
 from longskip.models.presets import preset
 from longskip.profiling.hardware import find, find_network
 
+VAE = {
+    "_class_name": "AutoencoderKL", "block_out_channels": [8, 8, 16, 16], "layers_per_block": 1,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+}  # fmt: skip
 H200, NDR = find("h200"), find_network("ndr")
 
 
@@ -298,7 +303,19 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         "import sys\nfrom longskip.launcher.cli import main\n"
         "try:\n    main(sys.argv[1:])\nfinally:\n    assert 'torch' not in sys.modules\n"
     )
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"COLUMNS": "1000"},
+    )
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prose flows to the terminal's width; the texts are looked for in lines that hold them whole."""
+    monkeypatch.setenv("COLUMNS", "1000")
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -332,7 +349,8 @@ def test_the_command_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None
 def test_the_command_says_what_it_assumed_and_keeps_small_figures(capsys: pytest.CaptureFixture[str]) -> None:
     code, tiny, error = said(capsys, "configs/shapes-two.yaml", "--gpu", "rtx4090")
     assert code == 0, error
-    assert "8 × RTX 4090 (assumed: --gpus)" in tiny and "bound by launch" in tiny
+    assert "8 × RTX 4090 (assumed: --gpus)" in tiny and "bound by kernel starts" in tiny
+    assert ", kernel starts " in tiny and "launch" not in tiny and "dispatch" not in tiny
     assert " 0 GPU-hours" not in tiny and " 0 kWh" not in tiny and "e-" not in tiny
     _, asked, _ = said(capsys, "configs/shapes-two.yaml", "--gpus", "1", "--gpu", "rtx4090", "--json", "--price", "2")
     tree = json.loads(asked, parse_constant=pytest.fail)
@@ -356,6 +374,55 @@ def test_a_measured_machines_times_are_called_processor_time(
     )
     code, out, error = said(capsys, "configs/shapes-two.yaml", "--gpus", "1", "--gpu", "mine", "--hardware", str(path))
     assert code == 0 and "processor time, not the wall clock's" in out, error
+
+
+def test_this_machine_is_one_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "devices: [{name: mine, short: mine, teraflops: {fp32: 0.1}, memory_gb: 8, bandwidth_gb_s: 20, measured: true, "
+        "source: a test}]\n"
+    )
+    mine = ("configs/shapes-two.yaml", "--gpu", "mine", "--hardware", str(path))
+    code, out, error = said(capsys, *mine)
+    assert code == 0 and "on 1 × mine\n" in out, error  # and nothing that was assumed
+    code, _, error = said(capsys, *mine, "--gpus", "8")
+    assert code == 2 and "8 of it have no link" in error and "cure: --gpus 1" in error
+
+
+def test_a_narrow_terminal_holds_a_plan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but what is to be copied."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for arguments in (
+        ("configs/shapes-two.yaml", "--gpus", "16", "--gpu", "rtx4090", "--price-per-hour", "3"),
+        ("configs/uvit-8b.yaml", "--gpus", "1", "--gpu", "rtx4090", "train.batch_size=64"),
+    ):
+        code, out, error = said(capsys, *arguments)
+        long = [line for line in out.splitlines() if len(line) > 80 and ".zero_stage=" not in line]
+        assert code == 0 and not long, (error, long)
+
+
+def test_a_plan_counts_encoders_where_it_is_asked_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As its note says: with ``online`` they run in every step."""
+    vae = tmp_path / "vae"
+    vae.mkdir()
+    (vae / "config.json").write_text(json.dumps(VAE))
+    (vae / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    mine = (
+        "configs/uvit-0.3b.yaml",
+        "--gpus",
+        "8",
+        "--json",
+        "encoders.text={kind: words}",
+        f"encoders.vae.path={vae}",
+    )
+    stored, asked, online = (
+        json.loads(said(capsys, *mine, *words)[1]) for words in ((), ("--encoders", "stored"), ("--encoders", "online"))
+    )
+    assert stored["chosen"]["seconds_per_step"] == asked["chosen"]["seconds_per_step"]
+    assert online["chosen"]["seconds_per_step"] > stored["chosen"]["seconds_per_step"]
+    assert any("--encoders online" in note for note in stored["notes"]) and not any(
+        "--encoders" in note for note in online["notes"]
+    )
 
 
 def test_the_chosen_way_stands_in_its_own_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,9 +29,9 @@ def tile(sheet: np.ndarray, column: int, top: int) -> np.ndarray:
 
 
 def tops(sheet: np.ndarray) -> list[int]:
-    """Where the first row's tiles begin: at the first line that is no paper from its left edge to its right one."""
+    """Where the first row's tiles begin: below the first line, the frame's, that is no paper from left to right."""
     inked = (sheet[:, 14 : 14 + CELL] != sheet[0, 0]).any(2).all(1)
-    return np.flatnonzero(inked & ~np.roll(inked, 1)).tolist()
+    return (np.flatnonzero(inked & ~np.roll(inked, 1)) + 1).tolist()
 
 
 def test_latents_are_drawn_in_colours_of_their_own(tmp_path):
@@ -102,3 +102,18 @@ def test_kept_pictures_are_shown_and_bad_latents_have_their_box(tmp_path, monkey
     (top, *_) = tops(sheet)
     crossed = [(tile(sheet, column, top) == RED).all(2).any() for column in range(4)]
     assert crossed == [False, True, True, True]
+
+
+def test_a_white_picture_has_a_frame_round_it(tmp_path):
+    """A line of another colour on all four sides, outside the picture, whose pixels stay."""
+    for name, size in (("tall", (24, 48)), ("square", (32, 32))):
+        Image.new("RGB", size, (255, 255, 255)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(name)
+    sheet = sheet_of(tmp_path, tmp_path / "out", columns=2)
+    for column, (width, height) in enumerate(((192, 192), (96, 192))):
+        left, right = (14 + column * (CELL + 14) + (CELL + sign * width) // 2 for sign in (-1, 1))
+        top, bottom = 14 + (CELL - height) // 2, 14 + (CELL + height) // 2
+        assert (sheet[top:bottom, left:right] == 255).all()
+        edges = sheet[top - 1 : bottom + 1, left - 1 : right + 1].astype(int)
+        for line in (edges[0], edges[-1], edges[:, 0], edges[:, -1]):
+            assert (line == line[0]).all() and abs(line[0] - sheet[0, 0]).max() > 30

@@ -94,8 +94,8 @@ def test_evaluate_and_report(trained: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(trained)
     done = longskip("evaluate", "run", "--json")
     assert done.returncode == 0, done.stderr
-    result = json.loads((trained / "runs" / "run" / "eval" / "step-00000006.json").read_text())
-    assert result == json.loads(done.stdout)
+    result = json.loads(done.stdout)
+    assert result == json.loads((trained / "runs" / "run" / "eval" / result["file"]).read_text())
     for key in ("weights", "sampler", "steps", "guidance", "seed", "count", "checkpoint"):
         assert key in result
     assert result["judge"]["seen"]["count"] == result["judge"]["held_out"]["count"] == 4
@@ -116,10 +116,10 @@ def test_refusals_on_a_run(trained: Path, monkeypatch: pytest.MonkeyPatch) -> No
     before = (trained / "runs" / "run" / "metrics.jsonl").read_bytes()
     cases = [
         (("train", "run.yaml", "optim.lr=9e-9"), 2, ["optim.lr", "train.name"]),
-        (("sample", "run", "--prompt", "red " * 40), 1, ["40 tokens", "the limit is 16"]),
+        (("sample", "run", "--prompt", "red " * 40), 2, ["40 tokens", "the limit is 16"]),
         (("sample", "run"), 2, ["--prompt"]),
         (("sample", "nowhere", "--prompt", "x"), 2, ["nowhere", "run"]),
-        (("sample", "run", "--prompt", "x", "--checkpoint", "77"), 1, ["77", "step-00000006"]),
+        (("sample", "run", "--prompt", "x", "--checkpoint", "77"), 2, ["77", "step-00000006"]),
         (("sample", "run", "--prompt", "x", "--weights", "best"), 2, ["best", "ema, raw"]),
         (("sample", "run", "--prompt", "x", "--sampler", "magic"), 2, ["magic", "euler"]),
         (("launch", "--local", "3", "--", "train", "run.yaml", "train.name=other"), 2, ["3 rank(s)", "[1, 2, 4, 8]"]),
@@ -249,7 +249,7 @@ def test_doctor_presets_and_dry_run(shapes: Path, in_tmp: Path) -> None:
     rows = {row["preset"]: row for row in json.loads(longskip("presets", "--json").stdout)}
     assert rows["uvit-8b"]["parameters"] == 7_971_360_932
     (in_tmp / "run.yaml").write_text(dump_yaml(small_config(shapes)))
-    shown = longskip("train", "run.yaml", "--dry-run", "optim.lr=5e-4")
+    shown = longskip("train", "run.yaml", "--dry-run", "--verbose", "optim.lr=5e-4")
     assert shown.returncode == 0 and "lr: 0.0005" in shown.stdout and '"stage": 3' in shown.stdout
     assert not (in_tmp / "runs").exists()
 

@@ -24,6 +24,8 @@ SURFACE = ParametricLaw("truth", "", 0.7, 30.0, 0.33, 60.0, 0.29)
 class Said:
     def __init__(self, code: int, out: str, err: str) -> None:
         self.code, self.out, self.err = code, out, err
+        self.prose = " ".join(out.split())
+        """The output without what the terminal's width makes of it."""
 
 
 @pytest.fixture
@@ -76,6 +78,7 @@ def test_report_of_one_run(budget, in_tmp: Path) -> None:
         config={"budget": {"price_per_device_hour": 3.6}},
     )
     said = budget("report", "demo")
+    assert "committed share of the time" in said.out and "goodput" not in said.prose
     assert said.code == 0 and "redone after a resume" in said.out and "Kaplan" in said.out and "ceiling" in said.out
     cost, images = small_spec().flops(1), 80 * 8
     run = json.loads(budget("report", "demo", "--json").out)["runs"][0]
@@ -87,7 +90,7 @@ def test_report_of_one_run(budget, in_tmp: Path) -> None:
     assert list(accounts) == ["exact", "six_nd", "image_tokens", "kaplan", "kaplan_context", "chinchilla"]
     assert accounts["six_nd"]["flops"] == run["amounts"]["six_nd"]["committed"]
     assert run["money"]["spent"] == pytest.approx(100 * 0.5 * 2 / 3600 * 3.6)
-    dear = json.loads(budget("report", "demo", "--json", "--price-per-hour", "7.2", "--watts", "100").out)["runs"][0]
+    dear = json.loads(budget("report", "demo", "--json", "--price", "7.2", "--watts", "100").out)["runs"][0]
     assert dear["money"]["spent"] == pytest.approx(2 * run["money"]["spent"])
     assert dear["energy_kwh"]["spent"] == pytest.approx(100 * 0.5 * 2 / 3600 * 0.1)
 
@@ -124,7 +127,7 @@ def test_report_refuses(budget, in_tmp: Path) -> None:
     said = budget("report", "mixed")
     assert said.code == 2 and "2 different models" in said.err and "cure:" in said.err and "Traceback" not in said.err
     assert "did you mean other" in budget("report", "othr").err
-    assert budget("report", "other", "--price-per-hour", "-1").code == 2
+    assert budget("report", "other", "--price", "-1").code == 2
 
 
 def test_plan_is_the_published_one(budget) -> None:
@@ -136,7 +139,7 @@ def test_plan_is_the_published_one(budget) -> None:
     assert best["extrapolation"] == pytest.approx(250) and "250×" in best["range"]
     assert plan["candidates"][0]["name"] == "custom" and 0.97 < plan["candidates"][0]["off"] < 1.03
     assert plan["device_hours"] is None and plan["hardware"] is None
-    said = budget("plan", "--flops", "1.5e21").out
+    said = budget("plan", "--flops", "1.5e21").prose
     assert "≈ 960 M" in said and "loss ≈ 0.63, FID ≈ 25;" in said and "extrapolation: 250×" in said
     assert "model.width=" in said
     assert "…" not in said
@@ -151,28 +154,28 @@ def test_plan_by_gpu_hours(budget) -> None:
     assert plan["device_hours"] == pytest.approx(5000) and plan["days"] == pytest.approx(5000 / 64 / 24)
     assert plan["money"] == pytest.approx(10_000) and plan["latent_size"] == [64, 96]
     assert plan["energy_kwh"] == pytest.approx(5 * h200.watts)
-    said = budget("plan", *hours).out
+    said = budget("plan", *hours).prose
     assert "language model" in said and "no price given" in said and "5,000 GPU-hours" in said
     assert "on 8 (assumed; --gpus says another number)" in said and "2404.10102" in said
-    paid = budget("plan", *hours, "--gpus", "64", "--price", "2", "--currency", "EUR").out
+    paid = budget("plan", *hours, "--gpus", "64", "--price", "2", "--currency", "EUR").prose
     assert "10,000 EUR" in paid and "assumed" not in paid and " 64 " in paid and " cost" not in paid and "÷ C" in paid
 
 
 def test_plan_without_an_mfu_says_what_is_missing(budget) -> None:
     said = budget("plan", "--flops", "1e21", "--gpu", "h200", "--gpus", "64")
-    assert said.code == 0 and "N_opt" in said.out and "H200: no hours, days, money and energy" in said.out
-    assert said.out.count("--mfu") == 1 and "GPU-hours of" not in said.out
+    assert said.code == 0 and "N_opt" in said.prose and "H200: no hours, days, money and energy" in said.prose
+    assert said.prose.count("--mfu") == 1 and "GPU-hours of" not in said.prose
     body = json.loads(budget("plan", "--flops", "1e21", "--gpu", "h200", "--json").out)
     assert body["hardware"]["mfu"] is None and body["days"] is None and body["hardware"]["gpus_assumed"]
     assert any("--mfu" in note for note in body["notes"])
 
 
 def test_plan_claims_little_far_outside(budget) -> None:
-    said = budget("plan", "--flops", "1e24").out
+    said = budget("plan", "--flops", "1e24").prose
     assert "loss ≈ 0.53, FID ≈ 5.5; extrapolation: 170,000× above" in said and "e+0" not in said
     assert "≈ 0.94 by compute (extrapolation: 684×), 0.865 by params" in said and "UNets at 256²" in said
     assert "fitted on rectified-flow loss and FID by CLIP features, 108M" in said
-    near = budget("plan", "--flops", "6e18").out
+    near = budget("plan", "--flops", "6e18").prose
     assert "loss 0.7354, FID 91.1; inside" in near and "N_opt 41.5 M" in near
     assert "≈ 0.74 by compute (extrapolation: 42.9×), 0.802 by params (extrapolation: 10.2×)" in near
 
@@ -186,7 +189,7 @@ def test_the_lines_of_the_readme_run(budget, in_tmp: Path) -> None:
     for line in lines:
         said = budget(*line.replace("…", "").split())
         assert said.code == 0, (line, said.err)
-        assert "no hours" not in said.out
+        assert "no hours" not in said.prose
 
 
 def test_a_run_that_is_named_twice_is_refused(budget, in_tmp: Path) -> None:
@@ -202,7 +205,7 @@ def test_what_the_times_do_not_hold_is_said(budget, in_tmp: Path) -> None:
     for name in ("a", "b"):
         write_run(in_tmp / "runs" / name, small_spec())
     for names in (("a",), ("a", "b")):
-        said = budget("report", *names).out
+        said = budget("report", *names).prose
         assert said.count("from the first step of each attempt to the last logged one") == 1
     assert "last logged" in json.loads(budget("report", "a", "--json").out)["covers"]
 
@@ -281,7 +284,7 @@ def test_fit_of_a_csv_then_a_plan_by_it(budget, in_tmp: Path) -> None:
         for name in ("params", "tokens", "loss"):
             low, high = one[f"{name}_interval"]
             assert low * (1 - 1e-9) <= one[name] <= high * (1 + 1e-9)
-    said = budget("plan", "--flops", "1e19", "--law", "fit/law.json").out
+    said = budget("plan", "--flops", "1e19", "--law", "fit/law.json").prose
     assert "fitted on 30 trainings from points.csv" in said and "95% intervals" in said
     low, high = json.loads(budget("plan", "--flops", "1e19", "--law", "fit/law.json", "--json").out)["optimum"][
         "params_interval"
@@ -300,8 +303,8 @@ def test_fit_warns_of_other_units_and_of_a_loss_that_flattens(budget, in_tmp: Pa
             rows.append(f"{flops / 1e9!r},{n!r},{flops / 6 / n!r},{SURFACE.loss(n, flops / 6 / n)!r}")
     (in_tmp / "bent.csv").write_text("flops,params,tokens,loss\n" + "\n".join(rows) + "\n")
     said = budget("fit", "bent.csv", "--out", "fit")
-    assert said.code == 0 and "warning: flops ÷ (6·params·tokens) is 1e-09 in 20 of 20 rows" in said.out
-    assert "warning: loss does not lie on a straight line" in said.out and "--form parametric" in said.out
+    assert said.code == 0 and "warning: flops ÷ (6·params·tokens) is 1e-09 in 20 of 20 rows" in said.prose
+    assert "warning: loss does not lie on a straight line" in said.prose and "--form parametric" in said.prose
     warnings = json.loads(Path("fit/fit.json").read_text())["warnings"]
     page = Path("fit/index.html").read_text("utf-8")
     assert len(warnings) == 2 and all(warning[:40] in page for warning in warnings)
@@ -357,3 +360,24 @@ def test_budget_needs_no_torch_and_its_help_no_numpy(tmp_path: Path) -> None:
         )
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, (arguments, done.stderr)
+
+
+def test_the_price_has_one_name_and_its_earlier_one_is_understood(budget, in_tmp: Path) -> None:
+    write_run(in_tmp / "runs" / "demo", small_spec(), attempts=((0, 40),))
+    for arguments in (("report", "demo"), ("plan", "--flops", "1e21", "--gpu", "h200", "--mfu", "0.4")):
+        now, earlier = (budget(*arguments, name, "7.2", "--json") for name in ("--price", "--price-per-hour"))
+        assert now.code == 0 and now.out == earlier.out and now.out != budget(*arguments, "--json").out
+        shown = budget(arguments[0], "--help").out
+        assert "--price " in shown and "--price-" not in shown
+
+
+def test_a_narrow_terminal_holds_a_plan_and_a_fit(budget, in_tmp: Path) -> None:
+    """All but what is to be copied."""
+    write_csv(in_tmp / "points.csv")
+    for arguments in (
+        ("plan", "--flops", "1e21", "--gpu", "h200", "--mfu", "0.4"),
+        ("fit", "points.csv", "--tokens", "image", "--form", "parametric"),
+    ):
+        said = budget(*arguments)
+        long = [line for line in said.out.splitlines() if len(line) > 80 and "model.width=" not in line]
+        assert said.code == 0 and not long, long

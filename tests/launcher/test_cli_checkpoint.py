@@ -82,7 +82,7 @@ def test_verify_names_what_is_wrong(home: Path, typed: Typed) -> None:
     assert typed("verify", "small", "--checkpoint", "7")[0] == 0
     assert typed("verify", str(file.parent))[0] == 1
     code, _, error = typed("verify", "small", "--checkpoint", "8")
-    assert code == 1 and "step-00000007, step-00000009" in error
+    assert code == 2 and "step-00000007, step-00000009" in error
     assert typed("verify", "nowhere")[0] == 2
 
 
@@ -110,9 +110,9 @@ def test_export_and_convert(home: Path, typed: Typed) -> None:
     cases: list[tuple[tuple[str, ...], int, str]] = [
         (("export", "small", "--out", "newest"), 2, "already"),
         (("export", "small", "--out", "x", "--format", "onnx"), 2, "safetensors, diffusers"),
-        (("export", "small", "--out", "x", "--checkpoint", "8"), 1, "step-00000009"),
+        (("export", "small", "--out", "x", "--checkpoint", "8"), 2, "step-00000009"),
         (("convert", "model.pth", "--to", "longskip", "--out", "x.safetensors"), 1, "weights_only"),
-        (("convert", "none.safetensors", "--to", "longskip", "--out", "x.safetensors"), 1, "none.safetensors"),
+        (("convert", "none.safetensors", "--to", "longskip", "--out", "x.safetensors"), 2, "none.safetensors"),
         (("convert", "bare.safetensors", "--to", "longskip", "--out", "x.safetensors"), 2, "--preset"),
         (("convert", "bare.safetensors", "--to", "theirs", "--out", "x.safetensors"), 2, "original, longskip"),
         (("convert", "bare.safetensors", "--to", "longskip", "--out", "x.safetensors", "depth=2"), 2, "--preset"),

@@ -25,9 +25,20 @@ from tests.tiny_encoders import tiny_clip_text, tiny_vae
 WIDTH = 32
 
 
-def shown(capsys: pytest.CaptureFixture[str], config: Config, run: Path, ranks: int | None = None) -> list[str]:
-    show(config, run, ranks)
+def shown(
+    capsys: pytest.CaptureFixture[str], config: Config, run: Path, ranks: int | None = None, *, verbose: bool = False
+) -> list[str]:
+    show(config, run, ranks, verbose=verbose)
     return capsys.readouterr().out.splitlines()
+
+
+def short(capsys: pytest.CaptureFixture[str], config: Config, run: Path, ranks: int | None = None) -> list[str]:
+    """What is printed without ``verbose``: a summary, no more."""
+    lines = shown(capsys, config, run, ranks)
+    assert lines[0].startswith("run folder") and "--verbose" in lines[-1]
+    long = [each for each in lines if len(each) > 80 and not each.startswith(("run folder", "data "))]
+    assert not long
+    return lines
 
 
 def line(lines: list[str], start: str) -> str:
@@ -39,14 +50,16 @@ def test_the_summary_comes_last(shapes: Path, tmp_path: Path, capsys: pytest.Cap
     """After the configuration, DeepSpeed's JSON and thousands of shards."""
     config = small_config(shapes)
     for ranks, worlds in ((None, ["1", "2", "4", "8"]), (2, ["2"])):
-        lines = shown(capsys, config, tmp_path / "run", ranks)
+        lines = shown(capsys, config, tmp_path / "run", ranks, verbose=True)
         begin = lines.index(line(lines, "run folder"))
         assert begin > lines.index("} ") > lines.index("model:")
         if ranks:
             assert max(i for i, each in enumerate(lines) if each.startswith("  backbone.")) < begin
         summary = lines[begin:]
         assert [each.split()[0] for each in summary if "rank(s)" in each and "batch 8" in each] == worlds
-        assert "MiB a rank" in summary[-1] and "0.00 GiB" not in "\n".join(summary)
+        few = short(capsys, config, tmp_path / "run", ranks)
+        assert few[:9] == summary[:9] and len(few) <= 24
+        assert "MiB a rank" in " ".join(summary[-5:]) and "0.00 GiB" not in "\n".join(summary)
         assert line(summary, "data ").endswith(f"300 samples in {shapes / 'train'}: pictures and captions")
     assert not (tmp_path / "run").exists()
     three = small_config(shapes, train={"batch_size": 6, "micro_batch": 2, "accumulation": 1})
@@ -55,7 +68,7 @@ def test_the_summary_comes_last(shapes: Path, tmp_path: Path, capsys: pytest.Cap
 
 def test_gib_of_a_large_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = small_config(tmp_path, model={"preset": "uvit-0.3b", "resolution": 256}, encoders={"vae": {"kind": "vae"}})
-    last = shown(capsys, config, tmp_path / "run", 1)[-1]
+    last = " ".join(" ".join(shown(capsys, config, tmp_path / "run", 1)[-5:]).split())
     assert "GiB a rank" in last and "gathered" in last and "MiB, activations" in last
 
 
@@ -65,7 +78,7 @@ def test_the_bytes_of_all_shards_add_up(
 ) -> None:
     """Every line of every rank, its sum, and all ranks' sum; one line by hand."""
     config = small_config(tmp_path, train={"dtype": dtype}, encoders={"text": {"vocabulary": 400}})
-    lines = shown(capsys, config, tmp_path / "run", 2)
+    lines = shown(capsys, config, tmp_path / "run", 2, verbose=True)
     each = weight + states
     begin = lines.index(f"shards of 2 ranks; bytes: {weight} of weight + {states} of fp32 states per element")
     # The embedding's weights are 64 × 192 for patches and 64 × 64 for text, together 16,384; rank 0 has half of them.
@@ -87,6 +100,20 @@ def test_the_bytes_of_all_shards_add_up(
     assert text_encoder is not None
     n_parameters = config.backbone().param_counts().total + text_encoder.param_counts().total
     assert sum(bytes_ for _, bytes_, _ in totals) == n_parameters * each
+
+
+def test_what_ranks_own_in_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The ranks with the fewest and the most, which the long list says one by one."""
+    config = small_config(tmp_path, encoders={"text": {"vocabulary": 400}})
+    lines = shown(capsys, config, tmp_path / "run", 2, verbose=True)
+    ranks = [re.findall(r"\d+", each.replace(",", "")) for each in lines if re.match(r"rank \d", each)]
+    elements, slices = ([int(rank[place]) for rank in ranks] for place in (1, 3))
+    said = " ".join(" ".join(short(capsys, config, tmp_path / "run", 2)).partition("shards ")[2].split())
+    for most, least, what in ((max(slices), min(slices), "slices"), (max(elements), min(elements), "elements")):
+        assert (f"{most:,} {what}" if most == least else f"{least:,} to {most:,} {what}") in said
+    assert "a rank, 4 + 12 bytes each" in said
+    lower = small_config(tmp_path, deepspeed={"zero_stage": 1})
+    assert "every rank has all weights" in line(shown(capsys, lower, tmp_path / "run", 2), "shards ")
 
 
 @pytest.fixture(scope="module")

@@ -76,6 +76,8 @@ TRAIN = ("--", "train", "run.yaml")
         (("--local", "3", *TRAIN), ["3 rank(s)", "64"]),
         (("--", "evaluate", "run"), ["train only"]),
         (("--", "train"), ["train only"]),
+        (("--", "train", "run.yaml", "--dry-run"), ["--dry-run stands behind train", "longskip launch --dry-run --"]),
+        (("--", "train", "--dry-run", "run.yaml"), ["--dry-run stands behind train"]),
         (("--", "train", "run.yaml", "data.validation=https://me:pw@host/x"), ["password"]),
         (("--", "train", "run.yaml", "lunch.port=1"), ["lunch", "launch"]),
         (("--on", "slurm", "--via", "torchrun", "--nodes", "2", "--gpus-per-node", "2", *TRAIN), ["srun"]),
@@ -100,7 +102,9 @@ def test_a_dry_run_shows_all_and_writes_nothing(longskip: Longskip, in_tmp: Path
     ):
         code, out, err = longskip("launch", *options, "--dry-run", *TRAIN)
         assert code == 0, err
-        assert all(word in out for word in [*words, '"train_batch_size": 64', '"stage": 3']), out
+        assert all(word in out for word in words) and '"stage": 3' not in out and "--verbose" in out, out
+        whole = longskip("launch", *options, "--dry-run", "--verbose", *TRAIN)[1]
+        assert all(word in whole for word in [*words, '"train_batch_size": 64', '"stage": 3']), whole
         told = json.loads(longskip("launch", *options, "--dry-run", "--json", *TRAIN)[1])
         assert told["deepspeed"]["train_batch_size"] == 64 and told.keys() >= {
             "files",
@@ -115,11 +119,21 @@ def test_a_scheduled_job_is_written_and_its_command_told(longskip: Longskip, in_
     code, out, err = longskip("launch", "--on", "slurm", "--nodes", "2", "--gpus-per-node", "2", *TRAIN)
     kept = in_tmp / "runs" / "run" / "launch"
     assert code == 0 and f"sbatch --parsable --chdir={in_tmp}" in out, err
+    assert "not submitted" in out.splitlines()[-1] and "--submit" in out.splitlines()[-1]
     assert "srun" in (kept / "run.sbatch").read_text()
     assert json.loads((kept / "launch.json").read_text())["command"][0] == "sbatch"
     longskip("launch", "--on", "slurm", "--nodes", "4", "--gpus-per-node", "2", *TRAIN)
     lines = [json.loads(line) for line in (kept / "launches.jsonl").read_text().splitlines()]
     assert [(line["on"], line["nodes"], line["ranks"]) for line in lines] == [("slurm", 2, 4), ("slurm", 4, 8)]
+
+
+def test_a_refused_launch_says_why_once_and_leaves_nothing(longskip: Longskip, in_tmp: Path) -> None:
+    """Nor does a preflight alone; what it says is told on stdout, a refusal on stderr."""
+    code, out, err = longskip("launch", "--local", "2", *TRAIN, "data.path=nowhere")
+    assert code == 2 and not out and (err.count("nowhere"), err.count("preflight")) == (1, 1), (out, err)
+    assert not list(in_tmp.glob("runs/*"))
+    code, out, err = longskip("launch", "--local", "2", "--preflight-only", *TRAIN, "data.path=nowhere")
+    assert code == 2 and "refused (1 failed" in out and not list(in_tmp.glob("runs/*")), err
 
 
 def fake(folder: Path, name: str, code: str) -> None:

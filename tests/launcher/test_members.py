@@ -372,6 +372,8 @@ def test_how_a_preflight_ends(preflight: Any, answers: tuple[str, str], code: in
     play.says(0, checked=answers[0])
     plan = play.says(1, checked=answers[1])
     assert (plan.order, plan.code, plan.attempt) == ("stop", code, 0)
+    told = [note.detail for note in play.notes if note.kind == "stopped"]
+    assert told == (["node 1 refused the run in the preflight; what it said stands there"] if code else [])
 
 
 def alone(**terms: Any) -> Play:

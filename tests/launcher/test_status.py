@@ -59,6 +59,36 @@ def test_what_every_rank_tells_is_one_incident(tmp_path: Path) -> None:
     assert found.incident_count == 4 and [row["kind"] for row in found.incidents][1:] == ["bad_checkpoint"] * 2
 
 
+@pytest.mark.parametrize(("rank_says", "told", "stops"), [(True, ["spike"], 1), (False, ["signal", "spike"], 0)])
+def test_a_stop_that_was_asked_for_is_no_incident(tmp_path: Path, rank_says: bool, told: list[str], stops: int) -> None:
+    """The supervisor says that ranks were asked, a rank that they saved; where none says so, the asking is kept."""
+    incidents = [
+        {
+            "attempt": 1,
+            "kind": "signal",
+            "step": 9,
+            "node": 0,
+            "detail": "SIGINT to node 0: all ranks are asked to save",
+        },
+        {"attempt": 1, "kind": "spike", "step": 5, "rank": 0},
+    ]
+    if rank_says:
+        incidents.append({"attempt": 1, "kind": "signal", "step": 9, "rank": 0, "detail": "saved and stopped"})
+    write(tmp_path / "run", [Resumed(1, 0), line(1, 0, 9, 9.0)], [], incidents)
+    found = status_of(tmp_path / "run", now=NOW)
+    assert [row["kind"] for row in found.incidents] == told and found.incident_count == len(told)
+    assert found.stops == stops and found.as_json()["stops"] == stops
+
+
+def test_a_commit_after_the_last_line_is_the_step(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run")
+    commit = run / "checkpoints" / "step-00000085"
+    commit.mkdir()
+    (commit / "manifest.json").write_text("{}")
+    found = status_of(run, now=NOW)
+    assert (found.step, found.committed) == (85, 85)
+
+
 def test_a_finished_run(tmp_path: Path) -> None:
     found = status_of(run_folder(tmp_path / "run"), now=NOW)
     assert (found.name, found.state, found.step, found.steps, found.eta) == ("run", "done", 70, 100, None)
@@ -141,6 +171,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     for word in ("one", "two", "done", "70/100", "60, ", "2 (1 again)", "4 incident(s)", "restarted at step 30"):
         assert word in said, said
     assert "\x1b]" not in said and "\x07" not in said
+    monkeypatch.setenv("COLUMNS", "70")
+    with pytest.raises(SystemExit):
+        main(["status"])
+    narrow = capsys.readouterr().out
+    table = narrow.partition("one: ")[0].splitlines()
+    assert max(map(len, table)) <= 70 and "left out for want of width: starts" in narrow and "(1 again)" not in narrow
+    for word in ("one", "two", "done", "70/100", "60, ", "goodput"):
+        assert word in narrow, narrow
     with pytest.raises(SystemExit):
         main(["status", "two", "--json"])
     (told,) = json.loads(capsys.readouterr().out)

@@ -45,7 +45,7 @@ def test_a_killed_and_resumed_run_commits_what_the_unbroken_one_does(tmp_path: P
     assert broken.amounts["model_flops"].committed == images * SPEC.flops(1).model_flops
     assert broken.amounts["model_flops"].spent == images * 8 // 5 * SPEC.flops(1).model_flops
     assert broken.accounts == whole.accounts and (broken.attempts, whole.attempts) == (3, 1)
-    assert broken.goodput == pytest.approx(100 / 160) and whole.goodput == 1
+    assert broken.committed_share == pytest.approx(100 / 160) and whole.committed_share == 1
 
 
 def test_device_time_money_and_energy(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_doubled_lines_count_once_and_are_named(tmp_path: Path) -> None:
     lines = (folder / "ledger.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "ledger.jsonl").write_bytes(b"".join([*lines, lines[2]]))
     after = budget_of(folder)
-    assert after.amounts == before.amounts and after.goodput == 1 and after.missing_steps == 0
+    assert after.amounts == before.amounts and after.committed_share == 1 and after.missing_steps == 0
     assert after.overlapping_lines == 1
     assert any("1 line(s)" in note and "overlap" in note and "steps 10 to 20" in note for note in after.notes)
 
@@ -207,7 +207,7 @@ def test_no_number_of_a_damaged_run_is_more_than_a_float_holds(tmp_path: Path) -
     (folder / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + extra))
     budget = budget_of(folder)
     assert budget.skipped_lines == 3 and budget.amounts["steps"].spent == 40 and budget.money is None
-    assert budget.params_token is None and budget.goodput == 1
+    assert budget.params_token is None and budget.committed_share == 1
     (folder / "config.yaml").write_text("budget: {price_per_device_hour: -3}")
     with pytest.raises(ConfigError, match="price_per_device_hour -3"):
         budget_of(folder)

@@ -83,12 +83,12 @@ def test_an_attempt_that_runs_or_ended_unwritten(tmp_path: Path) -> None:
 
 
 def test_attempts_without_a_supervisor(tmp_path: Path) -> None:
-    """Only the ledger knows of them: goodput is then the ledger's own."""
+    """Only the ledger knows of them: goodput is then its committed share."""
     log = write(tmp_path / "run", [line(1, 0, 10, 10.0), Resumed(2, 5), line(2, 5, 10, 5.0)], [], [])
     found = goodput(log)
     assert found == Goodput(wall=15.0, useful=log.sums.committed.seconds, redone=15.0 - log.sums.committed.seconds, around=0.0,
                             pauses=0.0, watched=False)  # fmt: skip
-    assert found.share == log.sums.goodput and reportdata.wall_rows(log) == []
+    assert found.share == log.sums.committed_share and reportdata.wall_rows(log) == []
     mixed = write(
         tmp_path / "mixed", [line(1, 0, 10, 10.0), line(2, 10, 20, 8.0)], [attempt(2, 50.0, 60.0, "done")], []
     )

@@ -67,7 +67,7 @@ def test_any_kills_and_resumes_give_the_unbroken_runs_committed_sums(data: st.Da
     commit = data.draw(st.integers(1, 9), label="commit")
     run_attempt(folder / "unbroken.jsonl", 1, 0, total, total, log, commit)
     unbroken = sums(read(folder / "unbroken.jsonl").entries)
-    assert unbroken.committed == unbroken.spent and unbroken.goodput == 1.0
+    assert unbroken.committed == unbroken.spent and unbroken.committed_share == 1.0
 
     path, start, spent, attempt, torn = folder / "broken.jsonl", 0, [], 1, 0
     commits = {0}
@@ -94,7 +94,7 @@ def test_any_kills_and_resumes_give_the_unbroken_runs_committed_sums(data: st.Da
     assert broken.spent.steps == sum(line.step - line.from_step for line in spent)
     assert broken.spent.model_flops == sum(line.model_flops for line in spent)
     assert broken.spent.seconds == math.fsum(line.seconds for line in spent)
-    assert broken.goodput == pytest.approx(unbroken.committed.seconds / broken.spent.seconds)
+    assert broken.committed_share == pytest.approx(unbroken.committed.seconds / broken.spent.seconds)
 
 
 def test_superseded_lines_stay_in_the_file_and_in_what_was_spent(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_superseded_lines_stay_in_the_file_and_in_what_was_spent(tmp_path: Path)
     got = sums(entries)
     assert (got.committed.steps, got.spent.steps, got.attempts) == (20, 30, 2)
     assert got.spent.images - got.committed.images == entries[2].images
-    assert got.goodput == pytest.approx(got.committed.seconds / got.spent.seconds)
+    assert got.committed_share == pytest.approx(got.committed.seconds / got.spent.seconds)
 
 
 def test_figures_survive_the_file_to_the_last_digit(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_communication_of_the_wrong_kind_costs_the_line(tmp_path: Path, value: o
 
 def test_nothing_is_a_ledger_too_and_a_gap_is_seen(tmp_path: Path) -> None:
     empty = sums(read(tmp_path / "none.jsonl").entries)
-    assert empty.goodput is None and empty.committed.images_per_second is None and empty.last_step == 0
+    assert empty.committed_share is None and empty.committed.images_per_second is None and empty.last_step == 0
     assert sums([interval(1, 0, 10), interval(1, 20, 30)]).missing_steps == 10
 
 
@@ -272,7 +272,7 @@ def test_steps_of_an_attempt_count_once_whatever_is_doubled(data: st.DataObject,
     kept = [step for line in committed_lines(file.entries) for step in range(line.from_step, line.step)]
     assert len(kept) == len(set(kept))
     got = sums(file.entries)
-    assert got.missing_steps >= 0 and (got.goodput is None or 0 <= got.goodput <= 1)
+    assert got.missing_steps >= 0 and (got.committed_share is None or 0 <= got.committed_share <= 1)
 
 
 def test_a_doubled_line_counts_once_and_is_named(tmp_path: Path) -> None:

@@ -418,3 +418,14 @@ def test_words() -> None:
     assert [seconds(t) for t in (2.125, 0.0413, 4.7e-5)] == ["2.12 s", "41.3 ms", "47 µs"]
     assert exact(2**60 + 1) == "1,152,921,504,606,846,977"
     assert json.loads(json.dumps(profile(of_preset("uvit-8b")).to_json()))["flops"]["model"] == 16_230_760_759_296
+
+
+def test_each_treemap_names_the_colours_that_stand_in_it_and_no_others() -> None:
+    page = render_html(profile(of_preset("uvit-0.3b")))
+    trees = re.findall(r'<div class="tree of-(\w+)">(.*?)</div>', page, re.S)
+    keys = {}
+    for name, body in trees:
+        drawn, _, key = body.partition('<p class="colours">')
+        assert set(re.findall(r'class="cell run-(\d)"', drawn)) == set(re.findall(r'class="block run-(\d)"', key))
+        keys[name] = set(re.findall(r"</i>(\w+)</span>", key))
+    assert "adamw" in keys["elementwise"] and keys["hardware"] == {"attn", "mlp", "skip"}

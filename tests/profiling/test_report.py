@@ -119,7 +119,7 @@ def test_what_the_ledger_does_not_hold_and_what_was_left_out_is_said(tmp_path: P
     assert "ledger.jsonl: 1 line overlapping another of the same attempt left out" in page.text
     assert "ledger.jsonl: 1 unreadable or cut line skipped" in page.text
     assert "metrics.jsonl: 1 unreadable or cut line skipped" in page.text
-    assert f"Goodput {units.share(RunLog.open(run).sums.goodput)} of the wall time" in page.text
+    assert f"Goodput {units.share(RunLog.open(run).sums.committed_share)} of the wall time" in page.text
     assert "40,000,000,000,028" in page.text  # C as before
 
 

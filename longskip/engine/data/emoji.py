@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from longskip.errors import DataError
+from longskip.errors import DataError, UnfitDataError
 
 if TYPE_CHECKING:
     from longskip.engine.data.index import Index
@@ -53,7 +53,7 @@ def find_font(font: str | os.PathLike[str] | None = None) -> Path:
     if named:
         path = Path(named).expanduser()
         if not path.is_file():
-            raise DataError(f"emoji font {str(path)!r} is not a file", cure=_CURE)
+            raise UnfitDataError(f"emoji font {str(path)!r} is not a file", cure=_CURE)
         return path
     for folder in _FONT_FOLDERS:
         for base, folders, files in os.walk(Path(folder).expanduser()):
@@ -61,7 +61,7 @@ def find_font(font: str | os.PathLike[str] | None = None) -> Path:
             for name in _FONT_NAMES:
                 if name in files:
                     return Path(base, name)
-    raise DataError(f"no colour-emoji font ({_FONT_NAMES[0]}) in {', '.join(_FONT_FOLDERS)}", cure=_CURE)
+    raise UnfitDataError(f"no colour-emoji font ({_FONT_NAMES[0]}) in {', '.join(_FONT_FOLDERS)}", cure=_CURE)
 
 
 def _open(path: Path) -> ImageFont.FreeTypeFont:

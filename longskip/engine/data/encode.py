@@ -28,7 +28,7 @@ from longskip.engine.data.decode import decode_image, upright_size
 from longskip.engine.data.encoding import Encoding, check_share, npy_bytes, reasons
 from longskip.engine.data.features import EMPTY_NAME
 from longskip.engine.data.index import refuse_url, write_atomically
-from longskip.engine.data.pack import PER_SHARD, caption_members, image_extension
+from longskip.engine.data.pack import PER_SHARD, caption_members, image_extension, refuse_pictures
 from longskip.engine.data.remote import RemoteSource, open_remote
 from longskip.engine.data.sources import FolderSource, ShardSource, Source, open_source
 from longskip.engine.data.transport import is_url
@@ -117,9 +117,9 @@ def encode_shards(
     to the same bytes (with the same ``batch``, whose size decides the rounding of products). ``workers`` threads read
     and decode; ``progress`` is called with the samples done and all samples of this rank.
 
-    Raises ``ConfigError`` for settings that cannot be, ``EncoderError`` for a folder that was encoded otherwise,
-    ``DataError`` where more than ``max_bad_share`` of the samples are bad, ``RunLockedError`` where another process
-    writes the same shard, and what reading the data raises.
+    Raises ``ConfigError`` for settings that cannot be, ``UnfitDataError`` for an ``out`` that holds pictures,
+    ``EncoderError`` for a folder that was encoded otherwise, ``DataError`` where more than ``max_bad_share`` of the
+    samples are bad, ``RunLockedError`` where another process writes the same shard, and what reading the data raises.
     """
     started = time.perf_counter()
     _check(encoders, dtype, batch, buckets, keep_pictures, rank, world, per_shard, max_bad_share)
@@ -133,6 +133,7 @@ def encode_shards(
         raise ConfigError(f"{out} is the folder that is encoded", cure="give --out another folder")
     else:
         source = open_source(path, on_damage=on_damage)
+    refuse_pictures(Path(out))
     shards = _shards(source, per_shard)
     made_with = _made_with(encoders)
     encoding = Encoding(Path(out))

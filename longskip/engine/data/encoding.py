@@ -33,7 +33,7 @@ from longskip.engine.data.index import (
     write_atomically,
     write_table,
 )
-from longskip.errors import ConfigError, DataError, EncoderError, RunLockedError, ShardError
+from longskip.errors import ConfigError, DataError, EncoderError, RunLockedError, ShardError, UnfitDataError
 
 VERSION = 1
 FOLDER = "encoding"
@@ -68,7 +68,7 @@ class Encoding:
         self.out.mkdir(parents=True, exist_ok=True)
         foreign = (self.out / INDEX_NAME).exists() or any(self.out.glob("*.tar"))
         if foreign and not (self.folder / "settings.json").exists():
-            raise DataError(
+            raise UnfitDataError(
                 f"{self.out} already holds data that were not encoded here", cure="encode into a new folder"
             )
         with self._lock():
@@ -107,7 +107,9 @@ class Encoding:
                 settings[name]
             return dict(settings)
         except FileNotFoundError:
-            raise DataError(f"{self.out} holds no encoding", cure="longskip data encode SHARDS --out DIR") from None
+            raise UnfitDataError(
+                f"{self.out} holds no encoding", cure="longskip data encode SHARDS --out DIR"
+            ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} cannot be read: {error}", cure="encode into a new folder") from error
 

@@ -28,7 +28,7 @@ from longskip.engine.data.decode import picture_size
 from longskip.engine.data.hashes import file_sha256
 from longskip.engine.data.npy import MAX_HEADER, header_of
 from longskip.engine.secrets import hidden
-from longskip.errors import BadSampleError, ShardError
+from longskip.errors import BadSampleError, ShardError, UnfitDataError
 
 VERSION = 1
 INDEX_NAME = "index.json"
@@ -337,7 +337,7 @@ def build_index(
     if isinstance(paths, (str, os.PathLike)):
         folder = refuse_url(paths)
         if not folder.is_dir():
-            raise ShardError(f"{folder} is not a folder")
+            raise UnfitDataError(f"{folder} is not a folder", cure="give the folder of the shards")
         files = sorted(folder.glob("*.tar"))
     else:
         files = [refuse_url(path) for path in paths]

@@ -66,12 +66,14 @@ class Seen:
 @dataclass(frozen=True)
 class Verdict:
     """What a picture got right. ``full``: every attribute; ``attributes``: objects (the count), colour, shape, size and
-    position (one object) or relation (two); ``seen``: what was read, in words; ``objects``: the same, as values."""
+    position (one object) or relation (two); ``seen``: what was read, in words; ``objects``: the same, as values;
+    ``amiss``: of what was read only that which differs, in few words; "" where nothing does."""
 
     full: bool
     attributes: dict[str, bool]
     seen: str
     objects: tuple[Seen, ...]
+    amiss: str
 
 
 def to_lab(rgb: np.ndarray) -> np.ndarray:
@@ -324,6 +326,24 @@ def _compare(seen: Sequence[Seen | None], scene: Scene, count: int) -> dict[str,
     return result
 
 
+def _amiss(seen: Sequence[Seen | None], scene: Scene, attributes: dict[str, bool], count: int) -> str:
+    """What differs from what was asked for, as ``yellow for red``."""
+    parts = []
+    if not attributes["objects"]:
+        parts.append("nothing" if count == 0 else f"{count} object{'s' if count > 1 else ''} for {len(scene.things)}")
+    unnamed = {"colour": "off-colour", "shape": "no known shape", "position": "elsewhere"}
+    for name in ("colour", "shape", "size", "position"):
+        if attributes.get(name, True):
+            continue
+        for got, want in zip(seen, scene.things, strict=True):
+            if got is not None and getattr(got, name) != getattr(want, name):
+                parts.append(f"{getattr(got, name) or unnamed[name]} for {getattr(want, name)}")
+    first, second = seen if len(seen) == 2 else (None, None)
+    if first is not None and second is not None and not attributes["relation"]:
+        parts.append(f"{_relation(first, second)} for {scene.relation}")
+    return ", ".join(dict.fromkeys(parts))
+
+
 def judge(picture: np.ndarray, scene: Scene) -> Verdict:
     """Whether ``picture`` shows ``scene``.
 
@@ -341,7 +361,8 @@ def judge(picture: np.ndarray, scene: Scene) -> Verdict:
     seen = " and ".join(map(str, objects)) if objects else "nothing"
     if len(objects) == 2:
         seen += f", the first {_relation(objects[0], objects[1])} the second"
-    return Verdict(all(attributes.values()), attributes, seen, objects)
+    amiss = _amiss(assigned, scene, attributes, len(objects))
+    return Verdict(all(attributes.values()), attributes, seen, objects, amiss)
 
 
 def score(pictures: Iterable[np.ndarray], scenes: Iterable[Scene]) -> dict[str, Any]:

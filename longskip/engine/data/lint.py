@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from longskip.engine.data.index import (
     refuse_url,
 )
 from longskip.engine.data.npy import array_of
-from longskip.engine.data.sources import RawSample, ShardSource, open_source, read_entry, scan_folder
+from longskip.engine.data.sources import METADATA_NAME, RawSample, ShardSource, open_source, read_entry, scan_folder
 from longskip.engine.data.tokens import Vocabulary, split_words
 from longskip.errors import BadSampleError, ShardError
 
@@ -35,24 +36,29 @@ MAX_EXAMPLES = 100
 class LintReport:
     """What ``lint`` found: faults per reason, and of the first of them (key or file, reason, detail).
 
-    ``samples`` is how many the data should hold, ``good`` how many can be trained on, ``sha256_checked`` how many
-    shards were hashed, ``longest_caption`` is in tokens (without a vocabulary, in words). ``tables_unhashed`` counts
-    the tables of which the index holds no hash, because it was made before tables had one: no fault, but not checked.
+    ``samples`` is how many the data should hold, ``good`` how many can be trained on, ``bad`` how many a run would read
+    and could not (the rest it would refuse to begin with), ``captions_alone`` the first of ``n_captions_alone`` texts of
+    a folder that have no picture and are no samples. ``sha256_checked`` is how many shards were hashed,
+    ``longest_caption`` is in tokens (without a vocabulary, in words). ``tables_unhashed`` counts the tables of which the
+    index holds no hash, because it was made before tables had one: no fault, but not checked.
     """
 
     path: str
     samples: int = 0
     good: int = 0
+    bad: int = 0
     shards: int = 0
     sha256_checked: int = 0
     tables_unhashed: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     examples: list[tuple[str, str, str]] = field(default_factory=list)
     longest_caption: int = 0
+    n_captions_alone: int = 0
+    captions_alone: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found."""
+        """Whether nothing was found; captions without a picture are only named."""
         return not self.counts
 
     def to_json(self) -> dict[str, Any]:
@@ -95,6 +101,9 @@ def lint(
         report.samples = len(entries) + len(problems)
         for problem in problems:
             report.add(*problem)
+        if not (folder / METADATA_NAME).exists():
+            alone = _captions_alone(folder, {entry.file.rpartition(".")[0] for entry in entries})
+            report.n_captions_alone, report.captions_alone = len(alone), alone[:MAX_EXAMPLES]
         for i, entry in enumerate(entries):
             check.sample(entry.key, partial(read_entry, folder, entry), i)
         if not report.samples:
@@ -103,6 +112,18 @@ def lint(
         open_source(folder)  # the same
     report.counts = dict(sorted(report.counts.items()))
     return report
+
+
+def _captions_alone(folder: Path, pictures: set[str]) -> list[str]:
+    """The ``.txt`` files of a folder and below that lie beside no picture of their name, which ``pictures`` has."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            file = (Path(parent) / name).relative_to(folder).as_posix()
+            if name.lower().endswith(".txt") and not name.startswith(".") and file.rpartition(".")[0] not in pictures:
+                found.append(file)
+    return sorted(found)
 
 
 def _lint_shards(index: Index, check: _Checks) -> None:
@@ -180,6 +201,7 @@ class _Checks:
             self.report.add(key, reason, detail)
         faults = [fault for fault in found if fault[0] not in ("duplicate_key", "duplicate_image")]
         self.report.good += not faults
+        self.report.bad += bool(faults)
         if faults and self.bad is not None:
             self.bad({"key": key, "sample": number, "reason": faults[0][0], "detail": faults[0][1]})
         self.done += 1

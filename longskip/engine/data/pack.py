@@ -26,8 +26,8 @@ from longskip.engine.data.index import (
     table_name,
     write_table,
 )
-from longskip.engine.data.sources import RawSample, read_entry, scan_folder
-from longskip.errors import BadSampleError, DataError, ShardError
+from longskip.engine.data.sources import METADATA_NAME, RawSample, read_entry, scan_folder
+from longskip.errors import BadSampleError, DataError, ShardError, UnfitDataError
 
 PER_SHARD = 10_000
 MAX_BYTES = 1e9
@@ -51,20 +51,24 @@ def write_shards(
     ``per_shard`` samples or before it grows past ``max_bytes``. Times, owners and the order of members are fixed, so
     the same samples give the same SHA-256. ``progress`` is called with the number of samples written, once per sample.
 
-    Raises ``DataError`` for an empty input and a folder that already holds shards, ``ShardError`` for hostile keys and
-    for members that could run code.
+    What fails or is interrupted leaves nothing of its own behind. Raises ``DataError`` for an empty input,
+    ``UnfitDataError`` for a folder that already holds shards or pictures, ``ShardError`` for hostile keys and for members
+    that could run code.
     """
     folder = refuse_url(out)
     if per_shard < 1 or max_bytes < 1:
         raise DataError(f"per_shard {per_shard} and max_bytes {max_bytes} must be 1 or more")
-    folder.mkdir(parents=True, exist_ok=True)
-    taken = [name for name in (INDEX_NAME, "00000.tar") if (folder / name).exists()]
+    taken = INDEX_NAME if (folder / INDEX_NAME).exists() else next((path.name for path in folder.glob("*.tar")), None)
     if taken:
-        raise DataError(f"{folder} already holds {taken[0]}", cure="pack into a new folder, or remove it first")
+        raise UnfitDataError(f"{folder} already holds {taken}", cure="pack into a new folder, or remove it first")
+    refuse_pictures(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     entries: list[ShardEntry] = []
     written = 0
-    shard = _OpenShard(folder, 0)
+    shard: _OpenShard | None = None
+    whole = False
     try:
+        shard = _OpenShard(folder, 0)
         for sample in samples:
             key, members = _members(sample, written)
             size = sum(len(value) + 1024 for value in members.values())  # a header and at most a block of padding
@@ -78,11 +82,50 @@ def write_shards(
         if not written:
             raise DataError(f"no samples to write into {folder}")
         entries.append(shard.finish())
+        index = Index(folder, tuple(entries), dict(encoders or {}))
+        save_index(index)
+        whole = True
     finally:
-        shard.abandon()
-    index = Index(folder, tuple(entries), dict(encoders or {}))
-    save_index(index)
+        if not whole:
+            if shard is not None:
+                shard.abandon()
+            for number in range(len(entries) + 2):  # the next one may have been begun as well
+                file = _shard_name(number)
+                for name in (file, _part_name(file), table_name(file)):
+                    (folder / name).unlink(missing_ok=True)
     return index
+
+
+def refuse_pictures(folder: Path) -> None:
+    """Raises ``UnfitDataError`` for a folder with pictures of its own: shards among them would stand for all of them.
+
+    A folder that holds an index is read by it alone, so that its pictures would be passed over from then on.
+    """
+    found = next(_pictures(folder), None)
+    if found is not None:
+        raise UnfitDataError(
+            f"{folder} holds pictures ({found}); with shards beside them they would never be read again",
+            cure="name a new folder for the shards",
+        )
+
+
+def _pictures(folder: Path) -> Iterator[str]:
+    """What makes of a folder one that trains as it is: its list of pictures, or pictures in it and below."""
+    if (folder / METADATA_NAME).exists():
+        yield METADATA_NAME
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in sorted(files):
+            if not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
+                yield (Path(parent) / name).relative_to(folder).as_posix()
+
+
+def _shard_name(number: int) -> str:
+    return f"{number:05d}.tar"
+
+
+def _part_name(file: str) -> str:
+    return f"{file}.part"
 
 
 class _OpenShard:
@@ -92,8 +135,8 @@ class _OpenShard:
         from webdataset import TarWriter  # imports torch
 
         self.folder = folder
-        self.file = f"{number:05d}.tar"
-        self.part = folder / f"{self.file}.part"
+        self.file = _shard_name(number)
+        self.part = folder / _part_name(self.file)
         self.count = 0
         self.bytes = 0
         self.keys: set[str] = set()
@@ -120,11 +163,12 @@ class _OpenShard:
         return entry
 
     def abandon(self) -> None:
-        """Removes what is unfinished; nothing after ``finish``."""
-        with contextlib.suppress(OSError):  # a full disk, whose error is already on its way
+        """Closes what is unfinished; nothing after ``finish``."""
+        # A full disk, a tar that is half closed: the cause is already on its way.
+        with contextlib.suppress(OSError, ValueError):
             self.writer.close()
+        with contextlib.suppress(OSError):
             self.stream.close()
-        self.part.unlink(missing_ok=True)
 
 
 def _members(sample: RawSample | Mapping[str, Any], number: int) -> tuple[str, dict[str, bytes]]:
@@ -205,13 +249,13 @@ def pack_folder(
     """
     source = refuse_url(folder)
     if not source.is_dir():
-        raise DataError(f"{source} is not a folder")
+        raise UnfitDataError(f"{source} is not a folder")
     if Path(out).absolute() == source.absolute():
-        raise DataError(f"{out} is the folder that is packed", cure="pack into another folder")
+        raise UnfitDataError(f"{out} is the folder that is packed", cure="pack into another folder")
     entries, bad = scan_folder(source)
     report = PackReport(0, 0, bad)
     if not entries:
-        raise DataError(f"{source} holds no pictures that can be packed; {len(bad)} entries were refused")
+        raise UnfitDataError(f"{source} holds no pictures that can be packed; {len(bad)} entries were refused")
 
     def usable() -> Iterator[RawSample]:
         for entry in entries:

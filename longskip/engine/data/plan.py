@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from longskip.engine.data.interleave import Interleave, Weight
-from longskip.errors import ConfigError, DataError
+from longskip.errors import ConfigError, DataError, UnfitDataError
 
 ROUNDS = 8
 MAX_SAMPLES = 1 << 48
@@ -276,7 +276,7 @@ class Plan:
         for lane in lanes:
             if lane.n_samples < self.batch:
                 where = f"the bucket {lane.bucket[0]}x{lane.bucket[1]} holds" if lane.bucket else "the data hold"
-                raise DataError(
+                raise UnfitDataError(
                     f"{where} {lane.n_samples} samples, fewer than the global batch of {self.batch}",
                     cure=f"set train.batch_size to {lane.n_samples} or less, or add data",
                 )

@@ -28,6 +28,7 @@ LATENTS_NOTE = (
 _GAP = 14
 _INK = (34, 38, 46)
 _FAINT = (120, 126, 138)
+_EDGE = (206, 208, 204)
 _WARNING = (176, 42, 42)
 _PAPER = (250, 250, 248)
 _MAX_LINES = 5
@@ -76,8 +77,10 @@ def contact_sheet(
                 pen.rectangle((left, top, left + CELL - 1, top + CELL - 1), outline=_WARNING)
                 pen.line((left, top, left + CELL - 1, top + CELL - 1), fill=_WARNING)
             else:
-                place = left + (CELL - cell.picture.width) // 2, top + (CELL - cell.picture.height) // 2
-                sheet.paste(cell.picture, place)
+                x, y = left + (CELL - cell.picture.width) // 2, top + (CELL - cell.picture.height) // 2
+                sheet.paste(cell.picture, (x, y))
+                # Outside the picture: where a light one ends is seen, and no pixel is covered.
+                pen.rectangle((x - 1, y - 1, x + cell.picture.width, y + cell.picture.height), outline=_EDGE)
             y = top + CELL + 4
             pen.text((left, y), _shorten(cell.key, small), font=small, fill=_FAINT)
             for i, text in enumerate(cell.lines):

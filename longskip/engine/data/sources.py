@@ -45,7 +45,7 @@ from longskip.engine.data.index import (
     load_table,
     refuse_url,
 )
-from longskip.errors import BadSampleError, DataError, ShardError
+from longskip.errors import BadSampleError, DataError, ShardError, UnfitDataError
 
 METADATA_NAME = "metadata.jsonl"
 MAX_IMAGE_BYTES = 1 << 28
@@ -172,7 +172,9 @@ class ShardSource:
         self._kept = _Kept()
         self._lock = threading.Lock()  # of the open shards; reading needs none
         if not self.index.total:
-            raise DataError(f"{self.index.folder} holds no samples", cure="pack some: longskip data pack FOLDER OUT")
+            raise UnfitDataError(
+                f"{self.index.folder} holds no samples", cure="pack some: longskip data pack FOLDER OUT"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_kept", "_lock")}
@@ -477,7 +479,7 @@ class FolderSource:
         self.folder = refuse_url(folder)
         self.fields = dict(fields or {})
         if not self.folder.is_dir():
-            raise DataError(f"{self.folder} is not a folder")
+            raise UnfitDataError(f"{self.folder} is not a folder")
         self.entries, self.problems = scan_folder(self.folder, self.fields)
         if self.problems:
             name, reason, detail = self.problems[0]
@@ -486,7 +488,7 @@ class FolderSource:
                 cure="correct or remove them, or pack the rest: longskip data pack FOLDER OUT",
             )
         if not self.entries:
-            raise DataError(
+            raise UnfitDataError(
                 f"{self.folder} holds no pictures ({', '.join('.' + name for name in IMAGE_EXTENSIONS)})",
                 cure=f"put name.jpg and name.txt side by side, or write {METADATA_NAME} with file_name and text",
             )
@@ -571,9 +573,9 @@ def open_source(
     if folder.name == INDEX_NAME and folder.is_file():
         folder = folder.parent
     if not folder.exists():
-        raise DataError(f"{folder} does not exist", cure="give a folder of shards or of pictures with texts")
+        raise UnfitDataError(f"{folder} does not exist", cure="give a folder of shards or of pictures with texts")
     if folder.is_file():
-        raise DataError(f"{folder} is a file", cure="give the folder that holds it")
+        raise UnfitDataError(f"{folder} is a file", cure="give the folder that holds it")
     if (folder / INDEX_NAME).exists():
         return ShardSource(folder, on_damage=on_damage, fields=fields)
     tars = sorted(folder.glob("*.tar"))

@@ -197,9 +197,14 @@ def _line(row: Mapping[str, Any]) -> str:
     rate = f"{row['tflops']:.3g} TFLOP/s" if "tflops" in row else f"{row['gbps']:.0f} GB/s"
     share = row["matmul_share"] if "tflops" in row else row["copy_share"]
     took = row["ms"]
+    doubt = (
+        " (more than there is: caches gave it, or something disturbed the ceilings)"
+        if share > bench_timing.BEYOND
+        else ""
+    )
     return (
         f"{row['op']} {row['case']} {row['mode']:8} {row['provider']:14} {took['median']:8.4f} ms "
-        f"({took['p20']:.4f}–{took['p80']:.4f})  {rate}, {share:.0%} of this run's ceiling"
+        f"({took['p20']:.4f}–{took['p80']:.4f})  {rate}, {share:.0%} of this run's ceiling{doubt}"
     )
 
 

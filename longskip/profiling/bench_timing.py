@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 Work = Callable[[], Any]
+BEYOND = 1.1  # times its ceiling: what an op can reach by noise and no more
 SHORT_MS = 0.05  # below it a launch's own time counts, so a graph's replay is timed as well
 _FLUSH_BYTES = 256 << 20  # more than any second-level cache
 _LEAD_CYCLES = 1_000_000  # about half a millisecond in which the host gets ahead of the device

@@ -14,13 +14,12 @@ from typing import Any
 
 from longskip.models.calls import Call
 from longskip.profiling import efficiency, hardware_file
+from longskip.profiling.bench_timing import BEYOND
 from longskip.profiling.calibration import Ceilings, calibrate, ceilings
 from longskip.profiling.efficiency import Efficiencies, Measured
 from longskip.profiling.hardware import THIS, Device, processor, row, user_file
 
 __all__ = ["Machine", "measure_machine", "measured_device"]
-
-BEYOND = 1.1  # times its ceiling: what an op can reach by noise and no more
 
 
 @dataclass(frozen=True)

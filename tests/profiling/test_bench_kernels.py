@@ -296,6 +296,14 @@ def test_verdicts_compare_with_the_best_other_and_say_when_spreads_overlap() -> 
     assert not bench_render.verdicts([row("triton", True, 1.0, 0.3), row("a", False, 1.2, 0.3)])[0]["clear"]
 
 
+def test_a_share_that_cannot_be_is_doubted() -> None:
+    row = {"op": "norm", "case": "c", "mode": "forward", "provider": "torch", "gbps": 50.0}
+    row |= {"ms": {"median": 1.0, "p20": 0.9, "p80": 1.1}}
+    lines = [bench._line({**row, "copy_share": share}) for share in (1.05, 7.83)]
+    assert lines[0].endswith("105% of this run's ceiling")
+    assert "783% of this run's ceiling (more than there is: caches" in lines[1]
+
+
 def test_bad_options_are_named() -> None:
     with pytest.raises(BackendError, match="--op 'adalm'; known: adaln, adamw"):
         bench.main(["--op", "adalm"])

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -213,12 +214,24 @@ def floor(folder: Path, processes: int, seconds: float) -> dict[str, float]:
     """``rates`` of what no reader of these shards can do without: one system call a sample, of the bytes from its first
     member to its last, into memory that is used again, and the crc32 of those bytes; nothing is made of them.
     """
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
-        parts = pool.starmap(_floor, [(folder, seconds, seed) for seed in range(processes)], chunksize=1)
+    context, parts, running = multiprocessing.get_context("fork"), [], []
+    for seed in range(processes):  # no pool, whose threads would be in the way of forks
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_tell_floor, args=(theirs, folder, seconds, seed))
+        process.start()
+        theirs.close()
+        running.append((process, ours))
+    for process, ours in running:
+        parts.append(ours.recv())
+        process.join()
     return {
         "samples_per_second": sum(count / wall for count, wall, _ in parts),
         "cpu_us": 1e6 * sum(cpu for _, _, cpu in parts) / sum(count for count, _, _ in parts),
     }
+
+
+def _tell_floor(connection: Connection, folder: Path, seconds: float, seed: int) -> None:
+    connection.send(_floor(folder, seconds, seed))
 
 
 def _floor(folder: Path, seconds: float, seed: int) -> tuple[int, float, float]:

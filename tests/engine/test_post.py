@@ -8,10 +8,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,10 +17,6 @@ import torch
 from longskip.engine.post import Post
 from longskip.errors import CheckpointError, PeerLostError
 from tests.engine.bare_ranks import bare_ranks
-
-
-def _with_store(monkeypatch: pytest.MonkeyPatch, store: Any) -> None:
-    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
 
 
 def _all_tell(_: Path) -> None:
@@ -48,9 +42,12 @@ def test_alone_there_is_nobody_to_be_heard() -> None:
     assert Post(0, 1).hear("a", {"own": 1}, time.sleep) == [{"own": 1}]
 
 
-def test_waiting_can_be_given_up_and_holds_no_other_user_of_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+# A store has threads: it lives and dies in a child, so that no later fork of the tests' process inherits half of it.
+
+
+def _given_up(_: Path) -> None:
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    _with_store(monkeypatch, store)
+    torch.distributed.distributed_c10d._get_default_store = lambda: store
     looks = []
 
     def pause(seconds: float) -> None:
@@ -62,6 +59,10 @@ def test_waiting_can_be_given_up_and_holds_no_other_user_of_the_store(monkeypatc
     with pytest.raises(CheckpointError, match="given up"):
         Post(0, 2).hear("a", None, pause)
     assert len(looks) == 5 and store.get("other") == b"user"
+
+
+def test_waiting_can_be_given_up_and_holds_no_other_user_of_the_store(tmp_path: Path) -> None:
+    assert bare_ranks(1, tmp_path / "store", _given_up, tmp_path) == [0]
 
 
 def _serve(listening: socket.socket) -> None:
@@ -76,26 +77,26 @@ def _serve(listening: socket.socket) -> None:
     del kept
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_store_that_is_gone_is_a_lost_peer(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
-    """Its server is killed, as with the first rank's node."""
+def _store_gone(rank: int) -> None:
+    """The store's server is killed, as with the first rank's node."""
     listening = socket.create_server(("127.0.0.1", 0))
     server = multiprocessing.get_context("fork").Process(target=_serve, args=(listening,))
     server.start()
-    port = listening.getsockname()[1]
+    port, soon = listening.getsockname()[1], timedelta(seconds=20)
     listening.close()
-    _with_store(
-        monkeypatch,
-        torch.distributed.TCPStore(
-            "127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=20)
-        ),
-    )
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=soon)
+    torch.distributed.distributed_c10d._get_default_store = lambda: store
     post = Post(rank, 2)
-    act: Callable[[], Any] = (
-        (lambda: post.hear("a", None, time.sleep)) if rank == 0 else (lambda: post.tell("a", {"files": {}}))
-    )
     assert server.pid is not None
     os.kill(server.pid, signal.SIGKILL)
     server.join(10)
     with pytest.raises(PeerLostError, match=r"goes on from the last commit"):
-        act()
+        if rank == 0:
+            post.hear("a", None, time.sleep)
+        else:
+            post.tell("a", {"files": {}})
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_store_that_is_gone_is_a_lost_peer(tmp_path: Path, rank: int) -> None:
+    assert bare_ranks(1, tmp_path / "store", _store_gone, rank) == [0]

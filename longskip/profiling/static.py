@@ -25,6 +25,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -307,8 +308,10 @@ def compile_all(
     done: list[Compiled] = []
     global _JOBS
     _JOBS = list(found)
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
-        for compiled in pool.imap_unordered(_compile_at, range(len(_JOBS))):
+    # No multiprocessing.Pool: it ends its processes by SIGTERM, which they ignore where this one answers it.
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
+        for future in as_completed([pool.submit(_compile_at, index) for index in range(len(_JOBS))]):
+            compiled = future.result()
             done.append(compiled)
             if progress is not None:
                 progress(f"{len(done)}/{len(found)} {compiled.kernel} sm_{compiled.target} {compiled.seconds:.1f} s")

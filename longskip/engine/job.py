@@ -298,9 +298,9 @@ class Job:
 
     def _tell(self, figures: dict[str, float]) -> dict[str, float]:
         """The step's control figures summed over all ranks, in one small all-reduce; each rank names the same ones."""
-        figures = figures | {"written": self.saving.figure}
+        figures = figures | {"save": self.saving.figure}
         told = dict(zip(figures, all_reduce_sum([float(v) for v in figures.values()], self.world.device), strict=True))
-        self.saving.hear(told.pop("written"))
+        self.saving.hear(told.pop("save"))
         return told
 
     def _take_step(self, micro_batches: list[MicroBatch]) -> None:

@@ -20,8 +20,7 @@ from longskip.launcher.board import Board, Store
 from longskip.launcher.common_folder import CommonFolder
 from longskip.launcher.facts import Facts
 from longskip.launcher.needs import Needs, needs_of
-from longskip.launcher.preflight import FACTS_SECONDS
-from longskip.launcher.reach import reach
+from longskip.launcher.preflight import FACTS_SECONDS, looks_at
 from longskip.launcher.reduction import SECONDS as REDUCTION_SECONDS
 from longskip.launcher.reduction import interconnect
 from longskip.launcher.verdicts import Finding, judge
@@ -31,13 +30,7 @@ def look(store: Store, *, node: int, config: Config, run: Path, bind: str | None
     """What this node finds, told to node 0 under ``prefix``; takes 17 s at the most. ``bind``: this node's own address."""
     board = Board(store, prefix)
     folder = CommonFolder(board, run, node)
-    looks = [
-        probes.Timed("software", probes.software(config), 8.0),
-        probes.Timed("devices", probes.devices, 8.0),
-        probes.Timed("data", probes.data(config, node), 12.0),
-        probes.Timed("run", folder.probe, 13.0),
-        probes.Timed("reach", reach(board, node, (0, node), bind), 14.0),
-    ]
+    looks = looks_at(config, board, folder, node, (0, node), bind)
     if probes.uses_gpus():  # by itself: node 0's are busy
         looks.append(probes.Timed("interconnect", interconnect(board, node, (node,), bind), REDUCTION_SECONDS + 1.0))
     board.put(f"facts/{node}", Facts(node, socket.gethostname(), *probes.run_probes(looks)).to_json())
@@ -63,11 +56,8 @@ def admit(
     began = time.monotonic()
     board = Board(store, prefix)
     folder = CommonFolder(board, run, 0)
-    looks = [
-        probes.Timed("software", probes.software(config), 8.0),
-        probes.Timed("run", folder.probe, 13.0),
-        probes.Timed("reach", reach(board, 0, (0, guest), bind), 14.0),
-    ]
+    anew = ("software", "run", "reach")
+    looks = [look for look in looks_at(config, board, folder, 0, (0, guest), bind) if look.name in anew]
     try:
         found, failed, seconds = probes.run_probes(looks)
         own = replace(known, found={**known.found, **found}, failed={**known.failed, **failed}, seconds=seconds)

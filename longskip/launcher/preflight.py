@@ -72,6 +72,19 @@ class Outcome:
         raise error
 
 
+def looks_at(
+    config: Config, board: Board, folder: CommonFolder, node: int, members: Sequence[int], bind: str | None
+) -> list[probes.Timed]:
+    """What any node looks at, by itself or with the ``members``, each with its limit in seconds."""
+    return [
+        probes.Timed("software", probes.software(config), 8.0),
+        probes.Timed("devices", probes.devices, 8.0),
+        probes.Timed("data", probes.data(config, node), 12.0),
+        probes.Timed("run", folder.probe, 13.0),
+        probes.Timed("reach", reach(board, node, members, bind), 14.0),
+    ]
+
+
 def check(
     store: Store,
     *,
@@ -98,13 +111,7 @@ def check(
     began = time.monotonic()
     board = Board(store, prefix)
     folder = CommonFolder(board, run, node)
-    looks = [
-        probes.Timed("software", probes.software(config), 8.0),
-        probes.Timed("devices", probes.devices, 8.0),
-        probes.Timed("data", probes.data(config, node), 12.0),
-        probes.Timed("run", folder.probe, 13.0),
-        probes.Timed("reach", reach(board, node, members, bind), 14.0),
-    ]
+    looks = looks_at(config, board, folder, node, members, bind)
     if not quick and (len(members) > 1 or probes.uses_gpus()):
         looks.append(probes.Timed("interconnect", interconnect(board, node, members, bind), REDUCTION_SECONDS + 1.0))
     needs: list[Needs] = []

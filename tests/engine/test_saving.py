@@ -430,7 +430,7 @@ def test_a_commit_that_all_have_brought_their_parts_to_is_made_by_a_rank_that_en
     saver = saving_of(tmp_path, shards)
     fill(shards, STEP)
     saver.save(STEP, {"step": STEP})
-    while not saver._running.committing:  # type: ignore[union-attr]
+    while not (saver._running.committing or saver._running.outcome):  # type: ignore[union-attr]
         time.sleep(0.0001)
     saver.close()
     assert check(tmp_path / "step-00000003") == STEP
